@@ -1,0 +1,165 @@
+"""TRL's `DPOConfig` with our losses."""
+
+import math
+import re
+from dataclasses import dataclass, field
+
+import trl
+
+from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig
+from .validation import in_range, require_choice, require_number, require_reverse_kl
+
+
+ROBUST_LOSSES = ("kldpo", "wdpo")
+OUR_DPO_LOSSES = DENSITY_RATIO_LOSSES + ROBUST_LOSSES
+INNER_LOSSES = ("sigmoid", "ipo", "hinge")
+WDPO_PENALTIES = ("squared", "rms")
+
+_TRL_LOSS_TYPE_HELP = trl.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+# TRL does not validate `loss_type`, and names the possible ones in its help text only
+TRL_DPO_LOSSES = tuple(re.findall(r"`'(\w+)'`", _TRL_LOSS_TYPE_HELP))
+
+
+@dataclass
+class DPOConfig(DensityRatioConfig, trl.DPOConfig):
+    r"""
+    Configuration class for the [`DPOTrainer`]: [`trl.DPOConfig`] and the fields of our losses.
+
+    `loss_type` takes, beside all of TRL's, `"ddro"`, `"rdro"`, `"kldpo"` and `"wdpo"`, alone or in a list with
+    `loss_weights`. `beta` and `label_smoothing` are those of the inner loss of `kldpo` and `wdpo`; `ddro` and `rdro`
+    have no beta, it only scales their logged rewards.
+
+    Parameters:
+        ddro_t, ddro_cap, rdro_alpha:
+            See [`DensityRatioConfig`]. On pairs, half of the completions are preferred.
+        kldpo_tau (`float`, *optional*, defaults to `1.0`):
+            τ of KLDPO, > 0: temperature of the weights softmax(loss / τ) over the pairs of an optimiser step. Large is
+            DPO, small is the worst pair only. Published runs: 0.5 to 5 at `beta=0.1`, 0.005 to 0.05 at `beta=0.01`.
+        wdpo_rho (`float`, *optional*, defaults to `0.01`):
+            ρ of WDPO, >= 0: weight of the input-gradient penalty; it means something only together with `beta`. 0 is
+            DPO. Published runs: 0.005 to 0.01 at `beta=0.01`.
+        wdpo_penalty (`str`, *optional*, defaults to `"squared"`):
+            `"squared"` (the mean of the squared gradient norms, what the authors ran) or `"rms"` (its square root over
+            the micro-batch of all ranks, the paper's Algorithm 1).
+        wdpo_eps (`float`, *optional*):
+            Step of WDPO's central difference relative to the norm of a pair's embeddings, > 0. If `None`, chosen by
+            the dtype and adapted to the logged gap `wdpo/gap`.
+        inner_loss_type (`str`, *optional*, defaults to `"sigmoid"`):
+            The loss of a pair inside `kldpo` and `wdpo`: `"sigmoid"` (with `label_smoothing`), `"ipo"` or `"hinge"`.
+    """
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={
+            "help": _TRL_LOSS_TYPE_HELP + " With trl_rdro also: `'ddro'`, `'rdro'` (density-ratio), `'kldpo'`, "
+            "`'wdpo'` (distributionally robust)."
+        },
+    )
+    kldpo_tau: float = field(
+        default=1.0,
+        metadata={
+            "help": "τ of KLDPO, > 0: temperature of the weights softmax(loss / τ) over the pairs of an optimiser "
+            "step. Large is DPO, small is the worst pair only."
+        },
+    )
+    wdpo_rho: float = field(
+        default=0.01,
+        metadata={
+            "help": "ρ of WDPO, >= 0: weight of the input-gradient penalty; it means something only together with "
+            "`beta`. 0 is DPO."
+        },
+    )
+    wdpo_penalty: str = field(
+        default="squared",
+        metadata={
+            "help": "`squared` (mean of the squared input-gradient norms) or `rms` (the square root of that mean).",
+            "choices": list(WDPO_PENALTIES),
+        },
+    )
+    wdpo_eps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Step of WDPO's central difference relative to the norm of a pair's embeddings, > 0. If `None`, "
+            "chosen by the dtype and adapted to the logged gap `wdpo/gap`."
+        },
+    )
+    inner_loss_type: str = field(
+        default="sigmoid",
+        metadata={
+            "help": "The loss of a pair inside `kldpo` and `wdpo`: `sigmoid` (with `label_smoothing`), `ipo` or "
+            "`hinge`.",
+            "choices": list(INNER_LOSSES),
+        },
+    )
+
+    def __post_init__(self):
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self._validate_density_ratio()
+        self._validate_robust()
+        self._validate_combinations()
+        super().__post_init__()
+
+    def _validate_robust(self) -> None:
+        for loss_type in self.loss_type:
+            require_choice("loss_type", loss_type, [*TRL_DPO_LOSSES, *OUR_DPO_LOSSES])
+        require_choice("wdpo_penalty", self.wdpo_penalty, list(WDPO_PENALTIES))
+        require_choice("inner_loss_type", self.inner_loss_type, list(INNER_LOSSES))
+        require_number(
+            "kldpo_tau",
+            self.kldpo_tau,
+            "a positive number",
+            in_range(self.kldpo_tau, 0, math.inf),
+            "Large values approach DPO; a negative one would be Dr. DPO, which trusts easy pairs and is not offered.",
+        )
+        require_number(
+            "wdpo_rho",
+            self.wdpo_rho,
+            "a number >= 0",
+            self.wdpo_rho == 0 or in_range(self.wdpo_rho, 0, math.inf),
+            "0 is plain DPO.",
+        )
+        if self.wdpo_eps is not None:
+            require_number(
+                "wdpo_eps",
+                self.wdpo_eps,
+                "a number between 0 and 1, both excluded, or None",
+                in_range(self.wdpo_eps, 0, 1),
+                "Leave it None to have it chosen by the dtype and adapted.",
+            )
+
+    def _validate_combinations(self) -> None:
+        ours = [loss_type for loss_type in self.loss_type if loss_type in OUR_DPO_LOSSES]
+        density_ratio = [loss_type for loss_type in ours if loss_type in DENSITY_RATIO_LOSSES]
+        robust = [loss_type for loss_type in ours if loss_type in ROBUST_LOSSES]
+        if ours:
+            require_reverse_kl(ours, self.f_divergence_type)
+        if density_ratio and self.ld_alpha is not None:
+            raise ValueError(
+                f"`ld_alpha={self.ld_alpha}` cannot be combined with {' and '.join(density_ratio)}: with "
+                "down-weighted tokens the log-ratio is no longer that of the completion, and the loss no longer "
+                "estimates a density ratio. Set `ld_alpha=None`."
+            )
+        if ours and self.use_weighting:
+            raise ValueError(
+                f"`use_weighting=True` cannot be combined with {' and '.join(ours)}: WPO's weights change the "
+                "distribution that these losses take their expectations over (ddro, rdro), re-weigh (kldpo) or "
+                "perturb (wdpo). Set `use_weighting=False`."
+            )
+        if robust:
+            require_number("beta", self.beta, "a positive number", in_range(self.beta, 0, math.inf))
+            smoothed_here = self.inner_loss_type == "sigmoid"
+            smoothed_by_trl = {"robust", "exo_pair"} & set(self.loss_type)
+            if smoothed_here:
+                require_number(
+                    "label_smoothing",
+                    self.label_smoothing,
+                    "a number in [0, 0.5)",
+                    self.label_smoothing == 0 or in_range(self.label_smoothing, 0, 0.5),
+                    "It is the assumed probability that a label is flipped.",
+                )
+            elif self.label_smoothing and not smoothed_by_trl:
+                raise ValueError(
+                    f"`label_smoothing={self.label_smoothing}` has no effect with "
+                    f"`inner_loss_type={self.inner_loss_type!r}`. Set it to 0 or use `inner_loss_type='sigmoid'`."
+                )

@@ -1,0 +1,70 @@
+"""TRL's `KTOConfig` with our density-ratio losses."""
+
+from dataclasses import dataclass, field
+
+import trl
+
+from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig
+from .validation import in_range, require_choice, require_number
+
+
+_TRL_FIELDS = trl.KTOConfig.__dataclass_fields__
+TRL_KTO_LOSSES = tuple(_TRL_FIELDS["loss_type"].metadata["choices"])
+
+
+@dataclass
+class KTOConfig(DensityRatioConfig, trl.KTOConfig):
+    r"""
+    Configuration class for the [`KTOTrainer`]: [`trl.KTOConfig`] and the fields of our losses.
+
+    `loss_type` takes, beside TRL's, `"ddro"` and `"rdro"`. They have no beta: it only scales their logged rewards.
+
+    Parameters:
+        ddro_t, ddro_cap, rdro_alpha:
+            See [`DensityRatioConfig`].
+        preferred_fraction (`float`, *optional*):
+            Share of the training completions whose label is True, in (0, 1). It sets the class weights of `ddro` and
+            `rdro` and, unless given, `ddro_t` and `rdro_alpha`. If `None`, counted on the prepared training set;
+            needed for a streaming one, which cannot be counted.
+        train_sampling_strategy (`str`, *optional*):
+            If `None`, `"random"` for `ddro` and `rdro`, and TRL's default `"sequential"`, which its estimate of the KL
+            divergence needs, for the other losses.
+    """
+
+    loss_type: str = field(
+        default="kto",
+        metadata={
+            "help": "Type of loss to use: `kto`, `apo_zero_unpaired`, and with trl_rdro also `ddro` and `rdro`.",
+            "choices": [*TRL_KTO_LOSSES, *DENSITY_RATIO_LOSSES],
+        },
+    )
+    preferred_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training completions whose label is True, in (0, 1), for `ddro` and `rdro`. If "
+            "`None`, counted on the prepared training set; needed for a streaming one."
+        },
+    )
+    train_sampling_strategy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sampler of the training set. If `None`, `random` for `ddro` and `rdro`, `sequential` for the "
+            "losses that estimate the KL divergence.",
+            "choices": _TRL_FIELDS["train_sampling_strategy"].metadata["choices"],
+        },
+    )
+
+    def __post_init__(self):
+        require_choice("loss_type", self.loss_type, [*TRL_KTO_LOSSES, *DENSITY_RATIO_LOSSES])
+        self._validate_density_ratio()
+        if self.preferred_fraction is not None:
+            require_number(
+                "preferred_fraction",
+                self.preferred_fraction,
+                "a number between 0 and 1, both excluded, or None",
+                in_range(self.preferred_fraction, 0, 1),
+                "Leave it None to have it counted on the training set.",
+            )
+        if self.train_sampling_strategy is None:
+            self.train_sampling_strategy = "random" if self.loss_type in DENSITY_RATIO_LOSSES else "sequential"
+        super().__post_init__()

@@ -1,0 +1,36 @@
+"""Checks shared by the configurations. Each raises `ValueError` with one sentence: what is wrong, the value seen, the
+value expected, what to do."""
+
+import difflib
+import math
+
+
+def require_number(name: str, value: object, expected: str, valid: bool, advice: str = "") -> None:
+    """Refuse `value` unless it is a finite number and `valid` holds for it."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and valid):
+        raise ValueError(f"`{name}` must be {expected}, got {value!r}.{advice and ' ' + advice}")
+
+
+def in_range(value: object, low: float, high: float) -> bool:
+    """Whether `value` lies strictly between `low` and `high`; False for what cannot be compared."""
+    return isinstance(value, (int, float)) and low < value < high
+
+
+def require_choice(name: str, value: object, choices: list[str]) -> None:
+    """Refuse `value` unless it is one of `choices`, and name the nearest."""
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"`{name}` has no value {value!r}.{hint} Choose from {', '.join(map(repr, choices))}.")
+
+
+def require_reverse_kl(loss_types: list[str], f_divergence_type: str) -> None:
+    """Refuse f-divergences: our losses are defined on the log-ratio itself."""
+    if f_divergence_type != "reverse_kl":
+        raise ValueError(
+            f"`f_divergence_type={f_divergence_type!r}` cannot be combined with {' and '.join(loss_types)}: these "
+            "losses are functions of the log-ratio itself, which an f-divergence replaces by another score. Use the "
+            "default `f_divergence_type='reverse_kl'`."
+        )
