@@ -1,0 +1,78 @@
+"""Each undocumented name of TRL and transformers that `trl_rdro.trl_compat` and the trainers rely on.
+
+When a release moves one, the test that names it fails here and says where it was last seen.
+"""
+
+import inspect
+import re
+
+import pytest
+import torch
+import transformers
+import trl
+import trl.models.utils
+import trl.trainer.utils
+
+from trl_rdro.configs.dpo_config import TRL_DPO_LOSSES
+from trl_rdro.configs.kto_config import TRL_KTO_LOSSES
+
+from .tiny import cpu_args, save_tiny, tiny_preferences
+
+
+LAST_SEEN = "last seen in TRL 1.16; mend trl_rdro/trl_compat.py"
+
+
+@pytest.mark.parametrize("trainer", [trl.DPOTrainer, trl.KTOTrainer])
+def test_methods_keep_their_signatures(trainer):
+    expected = {
+        "_compute_loss": ["self", "model", "inputs", "return_outputs"],
+        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+        "compute_ref_log_probs": ["self", "model", "inputs"],
+        "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+        "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+    }
+    for name, parameters in expected.items():
+        assert list(inspect.signature(getattr(trainer, name)).parameters) == parameters, f"{name}: {LAST_SEEN}"
+    first = list(inspect.signature(trainer.__init__).parameters)[:6]
+    assert first == ["self", "model", "ref_model", "args", "data_collator", "train_dataset"], LAST_SEEN
+
+
+def test_the_trainers_and_batches_hold_what_is_read(tmp_path):
+    attributes = "precompute_ref_logps ref_model aux_loss_enabled router_aux_loss_coef _metrics beta".split()
+    model = save_tiny(tmp_path)
+    dpo = trl.DPOTrainer(
+        model, args=trl.DPOConfig(**cpu_args(output_dir=str(tmp_path))), train_dataset=tiny_preferences(4)
+    )
+    for name in [*attributes, "loss_types", "loss_weights", "ld_alpha", "label_smoothing"]:
+        assert hasattr(dpo, name), f"{name}: {LAST_SEEN}"
+    kto_args = trl.KTOConfig(loss_type="apo_zero_unpaired", **cpu_args(output_dir=str(tmp_path)))
+    kto = trl.KTOTrainer(model, args=kto_args, train_dataset=tiny_preferences(4))
+    for name in [*attributes, "loss_type", "calculate_KL", "desirable_weight", "undesirable_weight"]:
+        assert hasattr(kto, name), f"{name}: {LAST_SEEN}"
+    assert kto.calculate_KL is False, f"apo_zero_unpaired needs no KL: {LAST_SEEN}"
+
+    pairs, labelled = next(iter(dpo.get_train_dataloader())), next(iter(kto.get_train_dataloader()))
+    assert set(pairs) == {"input_ids", "attention_mask", "completion_mask"}, LAST_SEEN
+    assert set(labelled) == {"input_ids", "attention_mask", "completion_mask", "label"}, LAST_SEEN
+    labels = pairs["input_ids"].masked_fill(pairs["completion_mask"] == 0, -100)
+    output = dpo.model(
+        input_ids=pairs["input_ids"], attention_mask=pairs["attention_mask"], labels=labels, fused_lm_head=True
+    )
+    assert output.log_probs.shape == (8, labels.size(1) - 1) and output.log_probs.dtype == torch.float32, LAST_SEEN
+    assert output.log_probs[pairs["completion_mask"][:, 1:] == 0].eq(0).all(), LAST_SEEN
+
+
+def test_loss_names_are_the_ones_the_trainers_know():
+    in_code = re.findall(r'loss_type == "(\w+)"', inspect.getsource(trl.DPOTrainer._compute_loss))
+    assert sorted(TRL_DPO_LOSSES) == sorted(in_code), LAST_SEEN
+    in_code = re.findall(r'self\.loss_type == "(\w+)"', inspect.getsource(trl.KTOTrainer._compute_loss))
+    assert set(TRL_KTO_LOSSES) == set(in_code), LAST_SEEN
+
+
+def test_helpers_and_hooks_exist():
+    assert callable(trl.models.utils.disable_gradient_checkpointing), LAST_SEEN
+    assert callable(trl.trainer.utils.get_config_model_id), LAST_SEEN
+    # Set from the micro-batches of the step right after `get_batch_samples` returned them
+    assert "self.current_gradient_accumulation_steps = len(batch_samples)" in inspect.getsource(
+        transformers.Trainer._run_epoch
+    ), "last seen in transformers 5.23"

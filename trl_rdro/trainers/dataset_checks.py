@@ -1,0 +1,68 @@
+"""Refuse a data set of the wrong kind with one sentence, before a model is loaded or a library raises a KeyError."""
+
+from typing import Any
+
+from datasets import Dataset
+
+
+def first_example(dataset: Any, name: str) -> dict[str, Any]:
+    """The first row of a map-style or streaming data set."""
+    try:
+        return next(iter(dataset))
+    except StopIteration:
+        raise ValueError(f"`{name}` is empty: training and evaluation need at least one row.") from None
+
+
+def require_preference_columns(dataset: Any, name: str) -> dict[str, Any]:
+    """Refuse anything but pairs: `chosen` and `rejected`, raw or already tokenised by TRL. Returns the first row."""
+    example = first_example(dataset, name)
+    columns = set(example)
+    if {"prompt_ids", "chosen_ids", "rejected_ids"} <= columns:
+        return example
+    if missing := sorted({"chosen", "rejected"} - columns):
+        hint = (
+            " It looks like unpaired data (`completion`, `label`): use `KTOTrainer` (`trl-rdro kto`) for it."
+            if {"completion", "label"} <= columns
+            else " Rename the columns (`dataset.rename_column`), and give the prompt as `prompt`."
+        )
+        raise ValueError(
+            f"`{name}` lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} of a preference data set; it "
+            f"has {', '.join(sorted(columns))}.{hint}"
+        )
+    for column in ("chosen", "rejected"):
+        if not isinstance(example[column], (str, list)):
+            raise ValueError(
+                f"The column `{column}` of `{name}` must hold text or a list of messages, got "
+                f"{type(example[column]).__name__} in the first row."
+            )
+    return example
+
+
+def require_unpaired_columns(dataset: Any, name: str) -> dict[str, Any]:
+    """Refuse anything but labelled completions, or pairs, which TRL flattens. Returns the first row."""
+    example = first_example(dataset, name)
+    columns = set(example)
+    if {"chosen", "rejected"} <= columns:
+        return example
+    completion = "completion_ids" if "prompt_ids" in columns else "completion"
+    if missing := sorted({completion, "label"} - columns):
+        raise ValueError(
+            f"`{name}` lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} of an unpaired preference data "
+            f"set (prompt, completion, label); it has {', '.join(sorted(columns))}. Rename the columns "
+            "(`dataset.rename_column`)."
+        )
+    _require_boolean_labels(dataset, name, example)
+    return example
+
+
+def _require_boolean_labels(dataset: Any, name: str, example: dict[str, Any]) -> None:
+    label = example["label"]
+    found = None if isinstance(label, bool) else f"{label!r} ({type(label).__name__}) in the first row"
+    if found is None and isinstance(dataset, Dataset):
+        empty = dataset.select_columns("label").with_format("arrow")[:].column("label").null_count
+        found = f"{empty} empty one{'s' * (empty > 1)}" if empty else None
+    if found:
+        raise ValueError(
+            f"The labels of `{name}` must be True (preferred) or False, got {found}. Drop rows without a label, and "
+            'convert others, e.g. `dataset.map(lambda row: {"label": row["label"] == 1})`.'
+        )

@@ -1,0 +1,147 @@
+"""TRL's `KTOTrainer`, for labelled completions without pairs, with the density-ratio losses of trl_rdro."""
+
+from contextlib import nullcontext
+
+import torch
+import trl
+from datasets import Dataset
+
+from .. import losses, trl_compat
+from ..configs.density_ratio_config import DENSITY_RATIO_LOSSES
+from ..configs.kto_config import KTOConfig
+from ..log import get_logger
+from .common import (
+    STEP_KEY,
+    density_ratio_loss,
+    describe_in_model_card,
+    require_own_config,
+    with_step_scales,
+)
+from .dataset_checks import require_unpaired_columns
+
+
+logger = get_logger(__name__)
+
+
+class KTOTrainer(trl.KTOTrainer):
+    """
+    [`trl.KTOTrainer`] whose `loss_type` can also be `"ddro"` or `"rdro"`. Takes the same arguments; runs with TRL's
+    own losses are TRL's, to the last bit.
+
+    The objective is E_{p+}[preferred term] + E_{p-}[non-preferred term]. Each sample is weighted by its class, 1/pi or
+    1/(1 - pi), with pi the preferred fraction of the training set, so that the estimate is unbiased for every
+    composition of a batch, and the result converges to p+ also when the classes are unequal. Evaluation uses the same
+    weights. There is no KL batch, no KL forward pass, and the order of the training set is random.
+
+    Logged beside TRL's metrics: `logratios/chosen` and `logratios/rejected`, the mean log-ratio to the reference model
+    per class, in nats; `share/chosen` and `share/rejected`, the share of each class among the completions seen; for
+    `ddro` `ddro/capped_chosen` and `ddro/capped_rejected`, the share of completions beyond the cap.
+
+    Attributes:
+        preferred_fraction (`float` or `None`): pi; `None` with TRL's losses.
+
+    Raises:
+        `ValueError`: for data of the wrong kind, before the model is loaded; for a training set with one class only;
+            for a streaming one without `preferred_fraction`.
+        `TypeError`: for one of our losses in a plain `trl.KTOConfig`, which lacks their fields.
+    """
+
+    def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, *rest, **kwargs):
+        if args is None:
+            args = KTOConfig(f"{trl_compat.model_name(model)}-KTO")
+        ours = [args.loss_type] if args.loss_type in DENSITY_RATIO_LOSSES else []
+        require_own_config(args, ours, KTOConfig)
+        if train_dataset is not None:
+            example = require_unpaired_columns(train_dataset, "train_dataset")
+            if ours and example.keys() & {"image", "images"}:
+                raise ValueError(f"`{args.loss_type}` is not implemented for unpaired image data. Use `DPOTrainer`.")
+            if ours and args.preferred_fraction is None and not isinstance(train_dataset, Dataset):
+                raise ValueError(
+                    f"`{args.loss_type}` needs the share of preferred completions, which cannot be counted on a "
+                    "streaming `train_dataset`. Set `preferred_fraction`, or load the data set without streaming."
+                )
+        describe_in_model_card(self, ours)
+        self._is_density_ratio = bool(ours)
+        self.preferred_fraction = args.preferred_fraction if ours else None
+        with trl_compat.without_kl(args) if ours else nullcontext():
+            super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
+        self.loss_type = args.loss_type
+        if ours and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
+            logger.warning(
+                f"`desirable_weight={self.desirable_weight}` and `undesirable_weight={self.undesirable_weight}` "
+                f"multiply the class weights of `{self.loss_type}`, which are right already: the result no longer "
+                "converges to the distribution of preferred completions. Leave both at 1."
+            )
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if not self._is_density_ratio:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        # Under another name TRL does not advise on class weights, which are not to be set by hand here
+        label = "training" if dataset_name == "train" else dataset_name
+        dataset = super()._prepare_dataset(dataset, processing_class, args, label)
+        if dataset_name == "train" and isinstance(dataset, Dataset):
+            self._count_classes(dataset["label"])
+        return dataset
+
+    def _count_classes(self, labels: list[bool]) -> None:
+        preferred, total = sum(labels), len(labels)
+        if preferred in (0, total):
+            raise ValueError(
+                f"All {total} completions of `train_dataset` are {'' if preferred else 'non-'}preferred: a density "
+                "ratio needs both classes. Add completions with the other label."
+            )
+        counted = preferred / total
+        if self.preferred_fraction is None:
+            self.preferred_fraction = counted
+            logger.info(f"Preferred fraction {counted:.4f}: {preferred} of {total} training completions.")
+        else:
+            logger.info(
+                f"Preferred fraction {self.preferred_fraction:.4f} as set; {counted:.4f} ({preferred} of {total}) was "
+                "counted on the training set."
+            )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batch_samples) > 1 and self._is_density_ratio:
+            batch_samples = with_step_scales(batch_samples)
+        return batch_samples, num_items_in_batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self._is_density_ratio:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        inputs = dict(inputs)
+        step = inputs.pop(STEP_KEY, {"scale": 1.0})
+        preferred = inputs["label"].bool()
+        # The reference first: its activations are gone before those of the policy come
+        ref_logps = trl_compat.unpaired_reference_logps(self, inputs)
+        outputs = trl_compat.policy_forward(self, model, inputs)
+        logratios = trl_compat.completion_logps(self, outputs.log_probs, inputs["completion_mask"]) - ref_logps
+
+        values, beyond_cap = density_ratio_loss(
+            self.loss_type, self.args, logratios, preferred, self.preferred_fraction
+        )
+        weights = losses.class_weights(preferred, self.preferred_fraction)
+        weights = weights * torch.where(preferred, self.desirable_weight, self.undesirable_weight)
+        loss = step["scale"] * (weights * values).mean()
+        if self.aux_loss_enabled:  # mixture of experts
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+
+        self._log_classes(logratios.detach(), preferred, beyond_cap)
+        outputs = trl_compat.unpaired_metrics(self, model, inputs, outputs, ref_logps, return_outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _log_classes(self, logratios: torch.Tensor, preferred: torch.Tensor, beyond_cap: torch.Tensor | None) -> None:
+        """Means per class over all ranks; a class that is not in the batch adds nothing to the average."""
+        columns = {"logratios/{}": logratios}
+        if beyond_cap is not None:
+            columns["ddro/capped_{}"] = beyond_cap.float()
+        classes = torch.stack([preferred, ~preferred]).float()  # (2, n)
+        rows = torch.stack([torch.ones_like(logratios), *columns.values()])  # (1 + columns, n)
+        counts, *sums = self.accelerator.gather((rows @ classes.T).unsqueeze(0)).sum(dim=0)
+        metrics = {}
+        for i, label in enumerate(("chosen", "rejected")):
+            metrics[f"share/{label}"] = counts[i] / counts.sum()
+            if counts[i] > 0:
+                metrics |= {name.format(label): row[i] / counts[i] for name, row in zip(columns, sums, strict=True)}
+        trl_compat.log_metrics(self, metrics)
