@@ -147,12 +147,16 @@ def unpaired_metrics(
 # Both
 
 
-def log_metrics(trainer: AnyTrainer, metrics: dict[str, torch.Tensor]) -> None:
-    """Add scalar metrics to the ones TRL averages and logs, as their mean over the ranks. One gather for all."""
-    mode = "train" if trainer.model.training else "eval"
-    values = torch.stack([value.detach().float() for value in metrics.values()]).unsqueeze(0)
-    for name, value in zip(metrics, trainer.accelerator.gather(values).mean(dim=0).tolist(), strict=True):
-        trainer._metrics[mode][name].append(value)
+def mean_over_ranks(trainer: AnyTrainer, scalars: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The mean of each scalar over the ranks, in one gather and one synchronisation."""
+    values = torch.stack([value.detach().float() for value in scalars.values()]).unsqueeze(0)
+    return dict(zip(scalars, trainer.accelerator.gather(values).mean(dim=0).tolist(), strict=True))
+
+
+def log_metrics(trainer: AnyTrainer, metrics: dict[str, float]) -> None:
+    """Add metrics to the ones that TRL averages over micro-batches and logs."""
+    for name, value in metrics.items():
+        trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
 
 
 @contextmanager

@@ -1,12 +1,26 @@
 """Refuse a data set of the wrong kind with one sentence, before a model is loaded or a library raises a KeyError."""
 
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
 
 
+def check_datasets(
+    check: Callable[[Any, str], dict[str, Any]], train_dataset: Any, eval_dataset: Any
+) -> dict[str, Any]:
+    """Run `check` on the training set and on every evaluation set. Returns the first training row, if there is one."""
+    named = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+    for name, dataset in named.items():
+        if dataset is not None:
+            check(dataset, "eval_dataset" if name is None else f"eval_dataset[{name!r}]")
+    return {} if train_dataset is None else check(train_dataset, "train_dataset")
+
+
 def first_example(dataset: Any, name: str) -> dict[str, Any]:
     """The first row of a map-style or streaming data set."""
+    if isinstance(dataset, dict):
+        raise ValueError(f"`{name}` has the splits {', '.join(map(str, dataset))}: pass one of them.")
     try:
         return next(iter(dataset))
     except StopIteration:
@@ -56,9 +70,12 @@ def require_unpaired_columns(dataset: Any, name: str) -> dict[str, Any]:
 
 
 def _require_boolean_labels(dataset: Any, name: str, example: dict[str, Any]) -> None:
-    label = example["label"]
-    found = None if isinstance(label, bool) else f"{label!r} ({type(label).__name__}) in the first row"
-    if found is None and isinstance(dataset, Dataset):
+    label, found = example["label"], None
+    # By the column's type where there is one: its values may come as arrays or tensors
+    is_boolean = dataset.features["label"].dtype == "bool" if isinstance(dataset, Dataset) else isinstance(label, bool)
+    if not is_boolean or label is None:
+        found = f"{label!r} ({type(label).__name__}) in the first row"
+    elif isinstance(dataset, Dataset):
         empty = dataset.select_columns("label").with_format("arrow")[:].column("label").null_count
         found = f"{empty} empty one{'s' * (empty > 1)}" if empty else None
     if found:

@@ -15,11 +15,12 @@ from .common import (
     require_own_config,
     with_step_scales,
 )
-from .dataset_checks import require_preference_columns
+from .dataset_checks import check_datasets, require_preference_columns
 from .input_gradient import FiniteDifferenceStep, input_gradient, perturbed_slopes
+from .safeguards import Safeguards
 
 
-class DPOTrainer(trl.DPOTrainer):
+class DPOTrainer(Safeguards, trl.DPOTrainer):
     """
     [`trl.DPOTrainer`] whose `loss_type` can also be `"ddro"`, `"rdro"`, `"kldpo"` or `"wdpo"`, alone or in a weighted
     list with TRL's. Takes the same arguments; runs without any of the four are TRL's own, to the last bit.
@@ -40,18 +41,30 @@ class DPOTrainer(trl.DPOTrainer):
         `TypeError`: for one of our losses in a plain `trl.DPOConfig`, which lacks their fields.
     """
 
-    def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, *rest, **kwargs):
+    _reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        *rest,
+        **kwargs,
+    ):
         if args is None:
             args = DPOConfig(f"{trl_compat.model_name(model)}-DPO")
         requested = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
         ours = [loss_type for loss_type in requested if loss_type in OUR_DPO_LOSSES]
         require_own_config(args, ours, DPOConfig)
-        if train_dataset is not None:
-            example = require_preference_columns(train_dataset, "train_dataset")
-            if "wdpo" in ours and example.keys() & {"image", "images"}:
-                raise ValueError("`wdpo` perturbs text embeddings and is not defined for image data.")
+        example = check_datasets(require_preference_columns, train_dataset, eval_dataset)
+        if "wdpo" in ours and example.keys() & {"image", "images"}:
+            raise ValueError("`wdpo` perturbs text embeddings and is not defined for image data.")
         describe_in_model_card(self, ours)
-        super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+        self._set_up_safeguards(given_reference=ref_model is not None)
         if "wdpo" in ours:
             self.add_callback(FiniteDifferenceStep)
 
@@ -64,28 +77,32 @@ class DPOTrainer(trl.DPOTrainer):
         step = inputs.pop(STEP_KEY, {"scale": 1.0})
         # The reference first: its activations are gone before those of the policy come
         ref_logps = step["ref_logps"] if "ref_logps" in step else trl_compat.pair_reference_logps(self, inputs)
-        grad_norms = None
+        grad_norms, metrics = None, {}
         if "wdpo" in self.loss_types and self.args.wdpo_rho > 0:
-            outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps)
+            outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, metrics)
         else:
             outputs = trl_compat.policy_forward(self, model, inputs)
         logratios = self._logratios(outputs.log_probs, inputs, ref_logps)
-        chosen, rejected = logratios.chunk(2)
-        trl_compat.log_metrics(self, {"logratios/chosen": chosen.mean(), "logratios/rejected": rejected.mean()})
+        by_class = dict(zip(("chosen", "rejected"), logratios.chunk(2), strict=True))
+        metrics |= {f"logratios/{label}": values.mean() for label, values in by_class.items()}
 
-        loss = 0.0
-        for name, weight in ours:
+        our_losses = {}
+        for name, _ in ours:
             if name in DENSITY_RATIO_LOSSES:
-                values = self._density_ratio_loss(name, logratios)
+                values = self._density_ratio_loss(name, logratios, metrics)
             else:
                 values = self._inner_loss(logratios, inputs)
                 if name == "kldpo":
-                    values = self._kldpo_loss(values, step)
+                    values = self._kldpo_loss(values, step, metrics)
                 elif grad_norms is not None:
-                    values = values + self._wdpo_penalty(grad_norms)
-            loss = loss + weight * step["scale"] * values.mean()
+                    values = values + self._wdpo_penalty(grad_norms, metrics)
+            our_losses[name] = step["scale"] * values.mean()
+        means = self._record(our_losses, metrics, by_class)
+        if "wdpo/gap" in means and self.args.wdpo_eps is None:
+            self._finite_difference_step.adapt(means["wdpo/gap"])
 
         theirs = [pair for pair in zip(self.loss_types, self.loss_weights, strict=True) if pair not in ours]
+        loss = sum(weight * our_losses[name] for name, weight in ours)
         result = trl_compat.pair_loss_and_metrics(self, model, inputs, outputs, ref_logps, theirs, return_outputs)
         return (loss + result[0], result[1]) if return_outputs else loss + result
 
@@ -105,15 +122,13 @@ class DPOTrainer(trl.DPOTrainer):
             return losses.hinge_loss(margins, self.beta)
         return losses.sigmoid_loss(margins, self.beta, self.label_smoothing)
 
-    def _density_ratio_loss(self, name: str, logratios: torch.Tensor) -> torch.Tensor:
+    def _density_ratio_loss(self, name: str, logratios: torch.Tensor, metrics: dict[str, torch.Tensor]):
         """ddro and rdro, `(n,)`: a pair is one preferred and one non-preferred completion, so half are preferred."""
         preferred = torch.arange(len(logratios), device=logratios.device) < len(logratios) // 2
         values, beyond_cap = density_ratio_loss(name, self.args, logratios, preferred, preferred_fraction=0.5)
         if beyond_cap is not None:
             chosen, rejected = beyond_cap.float().chunk(2)
-            trl_compat.log_metrics(
-                self, {"ddro/capped_chosen": chosen.mean(), "ddro/capped_rejected": rejected.mean()}
-            )
+            metrics |= {"ddro/capped_chosen": chosen.mean(), "ddro/capped_rejected": rejected.mean()}
         return sum(values.chunk(2))
 
     # KLDPO: weights over the pairs of the optimiser step
@@ -141,37 +156,29 @@ class DPOTrainer(trl.DPOTrainer):
                 outputs = trl_compat.policy_forward(self, model, inputs)
                 pair_losses.append(self._inner_loss(self._logratios(outputs.log_probs, inputs, ref_logps), inputs))
         step_losses = self.accelerator.gather(torch.cat(pair_losses))
-        self._log_kldpo(step_losses)
         for batch, values in zip(batch_samples, pair_losses, strict=True):
             batch[STEP_KEY]["log_weights"] = losses.kldpo_log_weights(values, self.args.kldpo_tau, step_losses)
+            batch[STEP_KEY]["step_losses"] = step_losses
 
-    def _kldpo_loss(self, pair_losses: torch.Tensor, step: dict[str, Any]) -> torch.Tensor:
-        tau = self.args.kldpo_tau
-        if "log_weights" in step:
-            return losses.kldpo_loss(pair_losses, tau, step["log_weights"])
+    def _kldpo_loss(self, pair_losses: torch.Tensor, step: dict[str, Any], metrics: dict[str, torch.Tensor]):
         # Set by the Trainer from the micro-batches it was handed
-        if self.model.training and getattr(self, "current_gradient_accumulation_steps", 1) > 1:
+        accumulated = self.model.training and getattr(self, "current_gradient_accumulation_steps", 1) > 1
+        if accumulated and "log_weights" not in step:
             raise RuntimeError(
                 "`kldpo` was given a micro-batch of an accumulated step without the weights of the step, which "
                 "`DPOTrainer.get_batch_samples` computes. Train with `DPOTrainer.train()`, or without accumulation."
             )
-        step_losses = self.accelerator.gather(pair_losses.detach())
-        self._log_kldpo(step_losses)
-        return losses.kldpo_loss(pair_losses, tau, losses.kldpo_log_weights(pair_losses, tau, step_losses))
-
-    def _log_kldpo(self, step_losses: torch.Tensor) -> None:
-        relative = losses.kldpo_log_weights(step_losses, self.args.kldpo_tau).exp()
-        trl_compat.log_metrics(
-            self,
-            {
-                "kldpo/effective_sample_size": 1 / relative.square().mean(),
-                "kldpo/max_weight": relative.max() / len(relative),
-            },
-        )
+        tau = self.args.kldpo_tau
+        step_losses = step["step_losses"] if accumulated else self.accelerator.gather(pair_losses.detach())
+        relative = losses.kldpo_log_weights(step_losses, tau).exp()
+        metrics["kldpo/effective_sample_size"] = 1 / relative.square().mean()
+        metrics["kldpo/max_weight"] = relative.max() / len(relative)
+        log_weights = step["log_weights"] if accumulated else losses.kldpo_log_weights(pair_losses, tau, step_losses)
+        return losses.kldpo_loss(pair_losses, tau, log_weights)
 
     # WDPO: the norm of the input gradient
 
-    def _forward_with_grad_norms(self, model, inputs, ref_logps) -> tuple[Any, torch.Tensor]:
+    def _forward_with_grad_norms(self, model, inputs, ref_logps, metrics) -> tuple[Any, torch.Tensor]:
         """The policy's outputs, and the `(n,)` norms of the input gradients of its pairs.
 
         Values are those of the unperturbed policy. In training both carry the graph of the perturbed forward: the
@@ -193,25 +200,22 @@ class DPOTrainer(trl.DPOTrainer):
         if not torch.is_grad_enabled():
             return outputs, gradient.norms
 
-        step = self._finite_difference_step
-        relative_step = self.args.wdpo_eps or step.relative_step(gradient.dtype)
+        relative_step = self.args.wdpo_eps or self._finite_difference_step.relative_step(gradient.dtype)
         doubled = {key: torch.cat([value, value]) for key, value in inputs.items()}
         slopes, log_probs, perturbed = perturbed_slopes(
             lambda: trl_compat.policy_forward(self, model, doubled), embedding, pair_loss, gradient, relative_step
         )
-        gap = (slopes.detach() - gradient.norms).abs().sum() / gradient.norms.sum()
-        gap = self.accelerator.gather(gap).mean()
-        trl_compat.log_metrics(self, {"wdpo/gap": gap, "wdpo/eps": gap.new_tensor(relative_step)})
-        if self.args.wdpo_eps is None:
-            step.adapt(gap.item())
+        total = gradient.norms.sum()
+        metrics["wdpo/gap"] = (slopes.detach() - gradient.norms).abs().sum() / total.clamp(min=1e-30)
+        metrics["wdpo/eps"] = total.new_tensor(relative_step)
         outputs.log_probs = _value_and_gradient(outputs.log_probs, log_probs)
         outputs.aux_loss = perturbed.aux_loss
         return outputs, _value_and_gradient(gradient.norms, slopes)
 
-    def _wdpo_penalty(self, grad_norms: torch.Tensor) -> torch.Tensor:
+    def _wdpo_penalty(self, grad_norms: torch.Tensor, metrics: dict[str, torch.Tensor]) -> torch.Tensor:
         mean_square = self.accelerator.gather(grad_norms.detach().square()).mean()
         penalty = losses.wdpo_penalty(grad_norms, self.args.wdpo_rho, self.args.wdpo_penalty, mean_square)
-        trl_compat.log_metrics(self, {"wdpo/grad_norm": grad_norms.mean(), "wdpo/penalty": penalty.mean()})
+        metrics |= {"wdpo/grad_norm": grad_norms.mean(), "wdpo/penalty": penalty.mean()}
         return penalty
 
     @property

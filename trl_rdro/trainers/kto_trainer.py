@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import torch
 import trl
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from .. import losses, trl_compat
 from ..configs.density_ratio_config import DENSITY_RATIO_LOSSES
@@ -17,13 +17,14 @@ from .common import (
     require_own_config,
     with_step_scales,
 )
-from .dataset_checks import require_unpaired_columns
+from .dataset_checks import check_datasets, require_unpaired_columns
+from .safeguards import Safeguards
 
 
 logger = get_logger(__name__)
 
 
-class KTOTrainer(trl.KTOTrainer):
+class KTOTrainer(Safeguards, trl.KTOTrainer):
     """
     [`trl.KTOTrainer`] whose `loss_type` can also be `"ddro"` or `"rdro"`. Takes the same arguments; runs with TRL's
     own losses are TRL's, to the last bit.
@@ -46,26 +47,40 @@ class KTOTrainer(trl.KTOTrainer):
         `TypeError`: for one of our losses in a plain `trl.KTOConfig`, which lacks their fields.
     """
 
-    def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, *rest, **kwargs):
+    _reference_columns = ("ref_logps",)
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        *rest,
+        **kwargs,
+    ):
         if args is None:
             args = KTOConfig(f"{trl_compat.model_name(model)}-KTO")
         ours = [args.loss_type] if args.loss_type in DENSITY_RATIO_LOSSES else []
         require_own_config(args, ours, KTOConfig)
-        if train_dataset is not None:
-            example = require_unpaired_columns(train_dataset, "train_dataset")
-            if ours and example.keys() & {"image", "images"}:
-                raise ValueError(f"`{args.loss_type}` is not implemented for unpaired image data. Use `DPOTrainer`.")
-            if ours and args.preferred_fraction is None and not isinstance(train_dataset, Dataset):
+        example = check_datasets(require_unpaired_columns, train_dataset, eval_dataset)
+        if ours and example.keys() & {"image", "images"}:
+            raise ValueError(f"`{args.loss_type}` is not implemented for unpaired image data. Use `DPOTrainer`.")
+        self.preferred_fraction = args.preferred_fraction if ours else None
+        if ours and self.preferred_fraction is None and isinstance(train_dataset, IterableDataset):
+            if not {"chosen", "rejected"} <= example.keys():
                 raise ValueError(
                     f"`{args.loss_type}` needs the share of preferred completions, which cannot be counted on a "
                     "streaming `train_dataset`. Set `preferred_fraction`, or load the data set without streaming."
                 )
+            self.preferred_fraction = 0.5  # pairs
         describe_in_model_card(self, ours)
         self._is_density_ratio = bool(ours)
-        self.preferred_fraction = args.preferred_fraction if ours else None
         with trl_compat.without_kl(args) if ours else nullcontext():
-            super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
+            super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
         self.loss_type = args.loss_type
+        self._set_up_safeguards(given_reference=ref_model is not None)
         if ours and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
             logger.warning(
                 f"`desirable_weight={self.desirable_weight}` and `undesirable_weight={self.undesirable_weight}` "
@@ -80,11 +95,16 @@ class KTOTrainer(trl.KTOTrainer):
         label = "training" if dataset_name == "train" else dataset_name
         dataset = super()._prepare_dataset(dataset, processing_class, args, label)
         if dataset_name == "train" and isinstance(dataset, Dataset):
-            self._count_classes(dataset["label"])
+            self._count_classes(dataset["label"], args.max_length)
         return dataset
 
-    def _count_classes(self, labels: list[bool]) -> None:
+    def _count_classes(self, labels: list[bool], max_length: int | None) -> None:
         preferred, total = sum(labels), len(labels)
+        if not total:
+            raise ValueError(
+                f"No row of `train_dataset` has a prompt shorter than `max_length={max_length}` tokens: "
+                "nothing is left to train on. Raise `max_length`."
+            )
         if preferred in (0, total):
             raise ValueError(
                 f"All {total} completions of `train_dataset` are {'' if preferred else 'non-'}preferred: a density "
@@ -124,14 +144,20 @@ class KTOTrainer(trl.KTOTrainer):
         weights = losses.class_weights(preferred, self.preferred_fraction)
         weights = weights * torch.where(preferred, self.desirable_weight, self.undesirable_weight)
         loss = step["scale"] * (weights * values).mean()
+        self._record(
+            {self.loss_type: loss},
+            self._class_metrics(logratios.detach(), preferred, beyond_cap),
+            {"chosen": logratios[preferred], "rejected": logratios[~preferred]},
+        )
         if self.aux_loss_enabled:  # mixture of experts
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
 
-        self._log_classes(logratios.detach(), preferred, beyond_cap)
         outputs = trl_compat.unpaired_metrics(self, model, inputs, outputs, ref_logps, return_outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _log_classes(self, logratios: torch.Tensor, preferred: torch.Tensor, beyond_cap: torch.Tensor | None) -> None:
+    def _class_metrics(
+        self, logratios: torch.Tensor, preferred: torch.Tensor, beyond_cap: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         """Means per class over all ranks; a class that is not in the batch adds nothing to the average."""
         columns = {"logratios/{}": logratios}
         if beyond_cap is not None:
@@ -144,4 +170,4 @@ class KTOTrainer(trl.KTOTrainer):
             metrics[f"share/{label}"] = counts[i] / counts.sum()
             if counts[i] > 0:
                 metrics |= {name.format(label): row[i] / counts[i] for name, row in zip(columns, sums, strict=True)}
-        trl_compat.log_metrics(self, metrics)
+        return metrics
