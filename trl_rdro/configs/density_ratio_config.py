@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .validation import in_range, require_number
+from .validation import require_in_range
 
 
 DENSITY_RATIO_LOSSES = ("ddro", "rdro")
@@ -52,17 +52,14 @@ class DensityRatioConfig:
         for name in ("ddro_t", "rdro_alpha"):
             value = getattr(self, name)
             if value is not None:
-                require_number(
+                require_in_range(
                     name,
                     value,
+                    0,
+                    1,
                     "a number between 0 and 1, both excluded, or None",
-                    in_range(value, 0, 1),
                     "Leave it None to use the preferred fraction of the training set.",
                 )
-        require_number(
-            "ddro_cap",
-            self.ddro_cap,
-            "a number between 0 and 1, both excluded",
-            in_range(self.ddro_cap, 0, 1),
-            "The default is 0.99.",
+        require_in_range(
+            "ddro_cap", self.ddro_cap, 0, 1, "a number between 0 and 1, both excluded", "The default is 0.99."
         )

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 import trl
 
 from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig
-from .validation import in_range, require_choice, require_number, require_reverse_kl
+from .validation import require_choice, require_in_range, require_reverse_kl
 
 
 ROBUST_LOSSES = ("kldpo", "wdpo")
 OUR_DPO_LOSSES = DENSITY_RATIO_LOSSES + ROBUST_LOSSES
 INNER_LOSSES = ("sigmoid", "ipo", "hinge")
 WDPO_PENALTIES = ("squared", "rms")
+TRL_SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
 _TRL_LOSS_TYPE_HELP = trl.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
 # TRL does not validate `loss_type`, and names the possible ones in its help text only
@@ -95,36 +96,38 @@ class DPOConfig(DensityRatioConfig, trl.DPOConfig):
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        self._validate_loss_types()
         self._validate_density_ratio()
         self._validate_robust()
         self._validate_combinations()
         super().__post_init__()
 
-    def _validate_robust(self) -> None:
+    def _validate_loss_types(self) -> None:
+        if not isinstance(self.loss_type, (list, tuple)) or not self.loss_type:
+            raise ValueError(f"`loss_type` must be a name or a list of names, got {self.loss_type!r}.")
         for loss_type in self.loss_type:
             require_choice("loss_type", loss_type, [*TRL_DPO_LOSSES, *OUR_DPO_LOSSES])
+
+    def _validate_robust(self) -> None:
         require_choice("wdpo_penalty", self.wdpo_penalty, list(WDPO_PENALTIES))
         require_choice("inner_loss_type", self.inner_loss_type, list(INNER_LOSSES))
-        require_number(
+        require_in_range(
             "kldpo_tau",
             self.kldpo_tau,
-            "a positive number",
-            in_range(self.kldpo_tau, 0, math.inf),
+            1e-6,  # beyond it the weights of float32 losses are those of the worst pair alone
+            math.inf,
+            "a number of at least 1e-6",
             "Large values approach DPO; a negative one would be Dr. DPO, which trusts easy pairs and is not offered.",
+            low_included=True,
         )
-        require_number(
-            "wdpo_rho",
-            self.wdpo_rho,
-            "a number >= 0",
-            self.wdpo_rho == 0 or in_range(self.wdpo_rho, 0, math.inf),
-            "0 is plain DPO.",
-        )
+        require_in_range("wdpo_rho", self.wdpo_rho, 0, math.inf, "a number >= 0", "0 is plain DPO.", low_included=True)
         if self.wdpo_eps is not None:
-            require_number(
+            require_in_range(
                 "wdpo_eps",
                 self.wdpo_eps,
+                0,
+                1,
                 "a number between 0 and 1, both excluded, or None",
-                in_range(self.wdpo_eps, 0, 1),
                 "Leave it None to have it chosen by the dtype and adapted.",
             )
 
@@ -147,18 +150,18 @@ class DPOConfig(DensityRatioConfig, trl.DPOConfig):
                 "perturb (wdpo). Set `use_weighting=False`."
             )
         if robust:
-            require_number("beta", self.beta, "a positive number", in_range(self.beta, 0, math.inf))
-            smoothed_here = self.inner_loss_type == "sigmoid"
-            smoothed_by_trl = {"robust", "exo_pair"} & set(self.loss_type)
-            if smoothed_here:
-                require_number(
+            require_in_range("beta", self.beta, 0, math.inf, "a positive number")
+            if self.inner_loss_type == "sigmoid":
+                require_in_range(
                     "label_smoothing",
                     self.label_smoothing,
+                    0,
+                    0.5,
                     "a number in [0, 0.5)",
-                    self.label_smoothing == 0 or in_range(self.label_smoothing, 0, 0.5),
                     "It is the assumed probability that a label is flipped.",
+                    low_included=True,
                 )
-            elif self.label_smoothing and not smoothed_by_trl:
+            elif self.label_smoothing and TRL_SMOOTHED_LOSSES.isdisjoint(self.loss_type):
                 raise ValueError(
                     f"`label_smoothing={self.label_smoothing}` has no effect with "
                     f"`inner_loss_type={self.inner_loss_type!r}`. Set it to 0 or use `inner_loss_type='sigmoid'`."

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import trl
 
 from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig
-from .validation import in_range, require_choice, require_number
+from .validation import require_choice, require_in_range
 
 
 _TRL_FIELDS = trl.KTOConfig.__dataclass_fields__
@@ -58,11 +58,12 @@ class KTOConfig(DensityRatioConfig, trl.KTOConfig):
         require_choice("loss_type", self.loss_type, [*TRL_KTO_LOSSES, *DENSITY_RATIO_LOSSES])
         self._validate_density_ratio()
         if self.preferred_fraction is not None:
-            require_number(
+            require_in_range(
                 "preferred_fraction",
                 self.preferred_fraction,
+                0,
+                1,
                 "a number between 0 and 1, both excluded, or None",
-                in_range(self.preferred_fraction, 0, 1),
                 "Leave it None to have it counted on the training set.",
             )
         if self.train_sampling_strategy is None:

@@ -2,19 +2,16 @@
 value expected, what to do."""
 
 import difflib
-import math
+from numbers import Real
 
 
-def require_number(name: str, value: object, expected: str, valid: bool, advice: str = "") -> None:
-    """Refuse `value` unless it is a finite number and `valid` holds for it."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not (is_number and valid):
+def require_in_range(
+    name: str, value: object, low: float, high: float, expected: str, advice: str = "", low_included: bool = False
+) -> None:
+    """Refuse `value` unless it is a number between `low` (included or not) and `high` (not included)."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (is_number and (low < value < high or (low_included and value == low))):
         raise ValueError(f"`{name}` must be {expected}, got {value!r}.{advice and ' ' + advice}")
-
-
-def in_range(value: object, low: float, high: float) -> bool:
-    """Whether `value` lies strictly between `low` and `high`; False for what cannot be compared."""
-    return isinstance(value, (int, float)) and low < value < high
 
 
 def require_choice(name: str, value: object, choices: list[str]) -> None:

@@ -47,8 +47,8 @@ def ddro_loss(logratios: torch.Tensor, preferred: torch.Tensor, t: float = 0.5, 
         preferred       log( (1/r + 1 - 2t) / (1 - t) )          (t = 1/2: log 2 - z)
         non-preferred   log( (1 + (1 - 2t) r) / (1 - t r) )      (t = 1/2: log 2 - log(2 - r), up to its pole at r = 2)
 
-    valid for r < 1/t. Above r = cap/t the terms go on as their tangents, linearly in z: the loss stays continuous and
-    monotone, finite for every finite z, its gradient bounded. Both terms are log 2 at z = 0, for any t.
+    valid for r < 1/t. Above r = cap/t terms with a singularity go on as their tangents, linearly in z: the loss stays
+    continuous and monotone, finite for every finite z, its gradient bounded. Both terms are log 2 at z = 0, for any t.
 
     For t > 1/2 the preferred term has a singularity of its own, at 1/(2t - 1) > 1/t. It is continued from cap/t all
     the same: between the two points it would fall ever faster while the tangent of the non-preferred term rises at its
@@ -72,7 +72,8 @@ def ddro_loss(logratios: torch.Tensor, preferred: torch.Tensor, t: float = 0.5, 
     at_cap = 1 + c * cap / t  # 1 + (1 - 2t) r at the cap
     slope = cap * (1 - t) / (t * at_cap * (1 - cap))
     r = below.exp()
-    nonpreferred = torch.log1p(c * r) - torch.log1p(-t * r) + slope * beyond
+    one_minus_tr = (1 - cap) - cap * torch.expm1(below - z_cap)  # >= 1 - cap also when 1 - t r would round to less
+    nonpreferred = torch.log1p(c * r) - one_minus_tr.log() + slope * beyond
     if t < 0.5:  # no singularity: log(1/r + 1 - 2t) exactly, in a form that cannot overflow
         preferred_term = torch.logaddexp(-z, torch.full_like(z, math.log(c)))
     else:
@@ -81,7 +82,7 @@ def ddro_loss(logratios: torch.Tensor, preferred: torch.Tensor, t: float = 0.5, 
 
 
 def ddro_beyond_cap(logratios: torch.Tensor, t: float = 0.5, cap: float = 0.99) -> torch.Tensor:
-    """Which completions lie where `ddro_loss` goes on linearly: r > cap/t. Bool tensor of the shape of `logratios`.
+    """Which completions lie beyond the cap of `ddro_loss`: r > cap/t. Bool tensor of the shape of `logratios`.
 
     Non-preferred ones there show the instability that the cap contains; preferred ones show that the cap biases the
     result.

@@ -4,8 +4,6 @@ Both bound the loss under a shift of whose preferences count (https://huggingfac
 Kullback-Leibler ball around the data, WDPO over a Wasserstein ball, through a penalty on the input gradient.
 """
 
-import math
-
 import torch
 
 from .density_ratio import as_float
@@ -29,7 +27,8 @@ def kldpo_log_weights(losses: torch.Tensor, tau: float, step_losses: torch.Tenso
         return losses
     step_losses = losses if step_losses is None else as_float(step_losses.detach())
     worst = step_losses.max()  # subtracted before the division: losses in the thousands over a small tau keep digits
-    log_mean = torch.logsumexp((step_losses - worst) / tau, dim=0) - math.log(step_losses.numel())
+    # log mean exp, kept exact where tau is large and the mean close to 1: its error is multiplied by tau again
+    log_mean = torch.log1p(torch.expm1((step_losses - worst) / tau).mean())
     return (losses - worst) / tau - log_mean
 
 
@@ -86,6 +85,6 @@ def wdpo_penalty(
         if mean_square is None:
             mean_square = norms.detach().square().mean()
         # The tangent of the square root at the current mean: a sum over pairs, with the same value and gradient
-        rms = mean_square.sqrt()
-        return rho * (norms**2 + mean_square) / (2 * rms.clamp(min=torch.finfo(rms.dtype).tiny))
+        smallest = torch.finfo(norms.dtype).tiny ** 0.5  # below it squares vanish
+        return rho * (norms**2 + mean_square) / (2 * mean_square.sqrt().clamp(min=smallest))
     raise ValueError(f"`penalty` must be 'squared' or 'rms', got {penalty!r}.")
