@@ -278,5 +278,16 @@ def test_only_complete_checkpoints_are_resumed_from(qwen2, tmp_path, messages):
     with pytest.raises(ValueError, match="not a checkpoint that was written to its end"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps({"global_step": 7}))
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps([]))
     assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_that_is_written_over_is_incomplete_meanwhile(qwen2, tmp_path):
+    """A run that starts again over the checkpoints of an earlier one must not leave a mixture that looks complete."""
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make(qwen2, tmp_path, **settings).train()
+    again, seen = make(qwen2, tmp_path, **settings), []
+    save_optimizer = again._save_optimizer_and_scheduler
+    again._save_optimizer_and_scheduler = lambda path: (seen.append(is_complete(Path(path))), save_optimizer(path))
+    again.train()
+    assert seen == [False] and is_complete(tmp_path / "checkpoint-1")

@@ -76,3 +76,20 @@ def test_helpers_and_hooks_exist():
     assert "self.current_gradient_accumulation_steps = len(batch_samples)" in inspect.getsource(
         transformers.Trainer._run_epoch
     ), "last seen in transformers 5.23"
+
+
+def test_the_trainer_state_is_the_last_that_a_checkpoint_gets():
+    """It marks a checkpoint as complete, and `_save_rng_state`, after which all ranks wait, comes right before it."""
+    source = inspect.getsource(transformers.Trainer._save_checkpoint)
+    positions = [
+        source.index(call)
+        for call in (
+            "self.save_model(",
+            "self._save_optimizer_and_scheduler(",
+            "self._save_rng_state(",
+            "self.state.save_to_json(",
+            "rotate_checkpoints(",
+        )
+    ]
+    assert positions == sorted(positions), "last seen in transformers 5.23; mend trl_rdro/trainers/safeguards.py"
+    assert list(inspect.signature(transformers.Trainer._get_output_dir).parameters) == ["self", "trial"]

@@ -213,8 +213,10 @@ class DPOTrainer(Safeguards, trl.DPOTrainer):
         return outputs, _value_and_gradient(gradient.norms, slopes)
 
     def _wdpo_penalty(self, grad_norms: torch.Tensor, metrics: dict[str, torch.Tensor]) -> torch.Tensor:
-        mean_square = self.accelerator.gather(grad_norms.detach().square()).mean()
-        penalty = losses.wdpo_penalty(grad_norms, self.args.wdpo_rho, self.args.wdpo_penalty, mean_square)
+        kind, mean_square = self.args.wdpo_penalty, None
+        if kind == "rms":
+            mean_square = self.accelerator.gather(grad_norms.detach().square()).mean()
+        penalty = losses.wdpo_penalty(grad_norms, self.args.wdpo_rho, kind, mean_square)
         metrics |= {"wdpo/grad_norm": grad_norms.mean(), "wdpo/penalty": penalty.mean()}
         return penalty
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import trl_compat
 from ..log import get_logger
@@ -20,10 +21,9 @@ logger = get_logger(__name__)
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end. Its `trainer_state.json` comes last."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        return "global_step" in json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    return checkpoint.name == f"checkpoint-{state['global_step']}"
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
@@ -101,6 +101,13 @@ class Safeguards:
                 "its end. Give another, or True for the last complete one."
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        # One that is written over is incomplete from now on
+        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):
         # What follows is `trainer_state.json`, the mark of a complete checkpoint: not before all ranks have written
