@@ -184,6 +184,63 @@ def test_bfloat16(models, tmp_path):
     assert compare(ours, exact)[0] > 0.98
 
 
+# The lazy penalty
+
+
+def lazy(path, output_dir, interval, accumulation=1, steps=4):
+    """The log and the parameters after a few steps."""
+    trainer = make_trainer(
+        path,
+        output_dir,
+        wdpo_interval=interval,
+        wdpo_rho=0.1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        logging_steps=1,
+        num_train_epochs=8,
+    )
+    rows = []
+    trainer.model.register_forward_hook(
+        lambda _m, _a, kwargs, _o: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    trainer.train()
+    return trainer, rows
+
+
+def test_an_interval_of_one_is_the_plain_penalty(models, tmp_path):
+    trainer, rows = lazy(models["qwen2", False], tmp_path, interval=1)
+    plain = make_trainer(
+        models["qwen2", False],
+        tmp_path,
+        wdpo_rho=0.1,
+        per_device_train_batch_size=1,
+        max_steps=4,
+        logging_steps=1,
+        num_train_epochs=8,
+    )
+    plain.train()
+    assert rows == [2, 4] * 4
+    for lazy_parameter, parameter in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(lazy_parameter, parameter)
+
+
+@pytest.mark.parametrize("accumulation, steps", [(1, 4), (2, 2)])
+def test_every_other_micro_batch_is_penalised_twice_as_much(models, tmp_path, accumulation, steps):
+    trainer, rows = lazy(models["qwen2", False], tmp_path, interval=2, accumulation=accumulation, steps=steps)
+    assert rows == [2, 4, 2] * 2  # micro-batches 0 and 2
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["wdpo/penalty" in entry for entry in log] == ([True, False] * 2 if accumulation == 1 else [True] * 2)
+
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.state.global_step = 0
+    penalised, _ = trained_gradients(trainer, batch)
+    penalty = trainer._metrics["train"]["wdpo/penalty"][-1]
+    trainer.args.wdpo_rho = 0.0
+    base, _ = trained_gradients(trainer, batch)
+    assert penalised - base == pytest.approx(2 * penalty, rel=1e-4)
+
+
 # The step of the central difference
 
 

@@ -31,15 +31,15 @@ def describe_in_model_card(trainer: Any, ours: list[str]) -> None:
 
 
 def with_step_scales(batch_samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give each micro-batch of an optimiser step the factor by which its mean enters the step's mean.
+    """Give each micro-batch of an optimiser step its index, and the factor by which its mean enters the step's mean.
 
     The Trainer averages the means of the micro-batches. Where the last one is shorter, that would let its samples
     count for more; times this factor, every sample of the step counts the same.
     """
     sizes = [len(inputs["input_ids"]) for inputs in batch_samples]
     return [
-        {**inputs, STEP_KEY: {"scale": len(sizes) * size / sum(sizes)}}
-        for inputs, size in zip(batch_samples, sizes, strict=True)
+        {**inputs, STEP_KEY: {"index": i, "scale": len(sizes) * size / sum(sizes)}}
+        for i, (inputs, size) in enumerate(zip(batch_samples, sizes, strict=True))
     ]
 
 

@@ -74,11 +74,11 @@ class DPOTrainer(Safeguards, trl.DPOTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs = dict(inputs)
-        step = inputs.pop(STEP_KEY, {"scale": 1.0})
+        step = inputs.pop(STEP_KEY, {"index": 0, "scale": 1.0})
         # The reference first: its activations are gone before those of the policy come
         ref_logps = step["ref_logps"] if "ref_logps" in step else trl_compat.pair_reference_logps(self, inputs)
         grad_norms, metrics = None, {}
-        if "wdpo" in self.loss_types and self.args.wdpo_rho > 0:
+        if self._is_penalised(step["index"]):
             outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, metrics)
         else:
             outputs = trl_compat.policy_forward(self, model, inputs)
@@ -212,13 +212,21 @@ class DPOTrainer(Safeguards, trl.DPOTrainer):
         outputs.aux_loss = perturbed.aux_loss
         return outputs, _value_and_gradient(gradient.norms, slopes)
 
+    def _is_penalised(self, index: int) -> bool:
+        """Whether WDPO's penalty is computed on the micro-batch of this index in the present optimiser step."""
+        if "wdpo" not in self.loss_types or self.args.wdpo_rho == 0:
+            return False
+        micro_batch = self.state.global_step * self.args.gradient_accumulation_steps + index
+        return not self.model.training or micro_batch % self.args.wdpo_interval == 0
+
     def _wdpo_penalty(self, grad_norms: torch.Tensor, metrics: dict[str, torch.Tensor]) -> torch.Tensor:
         kind, mean_square = self.args.wdpo_penalty, None
         if kind == "rms":
             mean_square = self.accelerator.gather(grad_norms.detach().square()).mean()
         penalty = losses.wdpo_penalty(grad_norms, self.args.wdpo_rho, kind, mean_square)
         metrics |= {"wdpo/grad_norm": grad_norms.mean(), "wdpo/penalty": penalty.mean()}
-        return penalty
+        # Weighs for the micro-batches that are passed over
+        return penalty * self.args.wdpo_interval if self.model.training else penalty
 
     @property
     def _finite_difference_step(self) -> FiniteDifferenceStep:
