@@ -245,21 +245,30 @@ def test_a_data_set_can_bring_its_reference_log_probabilities(qwen2, tmp_path, m
 # Crash and resume
 
 
-def run_worker(model, output_dir, loss, die_at="", resume=True):
-    command = [sys.executable, "-m", "tests.crash_worker", model, str(output_dir), loss, die_at, str(int(resume))]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+def run_worker(model, output_dir, loss, die_at="", processes=1):
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    )
+    worker = ["-m", "tests.crash_worker", model, str(output_dir), loss, die_at]
+    return subprocess.run(
+        [sys.executable, *launcher, *worker], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["rdro", "kldpo", "wdpo", "unpaired"])
-def test_kill_9_and_the_same_command_again(qwen2, tmp_path, loss):
+@pytest.mark.parametrize("loss, processes", [("kldpo", 1), ("wdpo", 1), ("unpaired", 1), ("rdro", 2), ("wdpo", 2)])
+def test_kill_9_and_the_same_command_again(qwen2, tmp_path, loss, processes):
     """Killed between checkpoints, then while one is being written, a run ends with the weights of an unbroken one."""
-    assert run_worker(qwen2, tmp_path / "whole", loss).returncode == 0
+    if processes > 1:
+        pytest.importorskip("deepspeed")
+    whole_run = run_worker(qwen2, tmp_path / "whole", loss, processes=processes)
+    assert whole_run.returncode == 0, whole_run.stderr[-2000:]
     broken = tmp_path / "broken"
     for die_at in ("step 4", "writing 6"):  # checkpoints at 3, 6 and 9 of 9 steps
-        assert run_worker(qwen2, broken, loss, die_at).returncode == -signal.SIGKILL
-    assert (broken / "checkpoint-6" / "model.safetensors").exists() and not is_complete(broken / "checkpoint-6")
-    finished = run_worker(qwen2, broken, loss)
+        killed = run_worker(qwen2, broken, loss, die_at, processes)
+        assert killed.returncode == -signal.SIGKILL if processes == 1 else "Signal 9 (SIGKILL)" in killed.stderr
+    assert (broken / "checkpoint-6").exists() and not is_complete(broken / "checkpoint-6")
+    finished = run_worker(qwen2, broken, loss, processes=processes)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "checkpoint-6 was not written to its end" in finished.stderr
     assert "Resuming from" in finished.stderr and "checkpoint-3" in finished.stderr
