@@ -68,7 +68,7 @@ $(TORCH_STAMP): | $(VENV)/bin/python
 	@touch $@
 
 $(TEST_STAMP): pyproject.toml $(TORCH_STAMP)
-	$(PIP) --editable ".[dev,peft,quantization,plot]"
+	$(PIP) --editable ".[dev,peft,quantization,deepspeed,plot]"
 	@touch $@
 
 $(DEMO_STAMP): pyproject.toml $(TORCH_STAMP)

@@ -62,10 +62,12 @@ class DPOTrainer(Safeguards, trl.DPOTrainer):
         example = check_datasets(require_preference_columns, train_dataset, eval_dataset)
         if "wdpo" in ours and example.keys() & {"image", "images"}:
             raise ValueError("`wdpo` perturbs text embeddings and is not defined for image data.")
+        self._ours = ours
         describe_in_model_card(self, ours)
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
         self._set_up_safeguards(given_reference=ref_model is not None)
         if "wdpo" in ours:
+            trl_compat.refuse_fsdp1(self.accelerator, "wdpo")
             self.add_callback(FiniteDifferenceStep)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

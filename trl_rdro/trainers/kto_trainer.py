@@ -76,7 +76,7 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
                 )
             self.preferred_fraction = 0.5  # pairs
         describe_in_model_card(self, ours)
-        self._is_density_ratio = bool(ours)
+        self._ours = ours
         with trl_compat.without_kl(args) if ours else nullcontext():
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
         self.loss_type = args.loss_type
@@ -89,7 +89,7 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
             )
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if not self._is_density_ratio:
+        if not self._ours:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         # Under another name TRL does not advise on class weights, which are not to be set by hand here
         label = "training" if dataset_name == "train" else dataset_name
@@ -122,12 +122,12 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if len(batch_samples) > 1 and self._is_density_ratio:
+        if len(batch_samples) > 1 and self._ours:
             batch_samples = with_step_scales(batch_samples)
         return batch_samples, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self._is_density_ratio:
+        if not self._ours:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs = dict(inputs)

@@ -39,11 +39,17 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
 class Safeguards:
     """Mixin of the trainers, before TRL's class."""
 
+    _ours: list[str]  # our losses in use, set before TRL's constructor
     _reference_columns: tuple[str, ...]  # where a data set can bring its own reference log-probabilities
 
     def _set_up_safeguards(self, given_reference: bool) -> None:
         self._guard_rails = GuardRails(self.args)
         logger.info(f"Reference model: {self._describe_reference(given_reference)}.")
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self._ours:
+            trl_compat.full_precision_outputs(self.accelerator)
 
     # Metrics
 

@@ -1,0 +1,130 @@
+"""The cells of the engine matrix, and how two runs of a cell are compared.
+
+A cell is one short training run. `worker.py` runs it on an engine and in one process without any, `test_engines.py`
+compares the two, and `docs/compatibility.md` is written from these lists.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+STEPS = 3
+STEP_SIZE = 8  # samples of an optimiser step: pairs, or unpaired completions
+
+# The number of processes of each engine; "single" is the baseline
+ENGINES = {"single": 1, "ddp": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "ddro": {"loss_type": "ddro"},
+    "rdro": {"loss_type": "rdro"},
+    "kldpo": {"loss_type": "kldpo", "kldpo_tau": 0.05},
+    "wdpo": {"loss_type": "wdpo", "wdpo_rho": 0.1},
+    "wdpo_rms": {"loss_type": "wdpo", "wdpo_rho": 0.1, "wdpo_penalty": "rms"},
+    "rdro+sft": {"loss_type": ["rdro", "sft"], "loss_weights": [1.0, 0.2]},
+    "ddro_unpaired": {"loss_type": "ddro"},
+    "rdro_unpaired": {"loss_type": "rdro"},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a loss, what is trained, and how a step's samples are split."""
+
+    loss: str
+    model: str = "full"  # or "lora", "qlora"
+    dtype: str = "fp32"  # or "bf16"
+    checkpointing: bool = False
+    precomputed: bool = False
+    micro_batch: int | None = None  # samples on each rank; None: an even share of the step's
+    accumulation: int = 1
+    steps: int = STEPS
+
+    @property
+    def name(self) -> str:
+        parts = [self.loss, self.model, self.dtype]
+        parts += ["checkpointing"] * self.checkpointing + ["precomputed"] * self.precomputed
+        if self.micro_batch is not None:
+            parts.append(f"{self.micro_batch}x{self.accumulation}")
+        return "-".join(parts)
+
+    @property
+    def unpaired(self) -> bool:
+        return self.loss.endswith("_unpaired")
+
+
+def _accumulation(loss: str) -> int:
+    return 2 if loss == "kldpo" else 1
+
+
+MATRIX = [
+    Cell(loss, model, checkpointing=checkpointing, precomputed=precomputed, accumulation=_accumulation(loss))
+    for loss in LOSSES
+    for model in ("full", "lora")
+    for checkpointing in (False, True)
+    for precomputed in (False, True)
+]
+QLORA = [
+    Cell(loss, "qlora", checkpointing=checkpointing, accumulation=_accumulation(loss))
+    for loss in ("rdro", "kldpo", "wdpo")
+    for checkpointing in (False, True)
+] + [Cell("rdro", "qlora", "bf16")]
+# The last, because a backward pass that fails half-way may disturb the cells after it
+BF16 = [Cell(loss, model, "bf16") for loss in ("rdro", "wdpo") for model in ("full", "lora")]
+CELLS = MATRIX + QLORA + BF16
+
+# Splits of one step's samples: on each rank, (micro-batch, accumulation)
+SPLITS = {1: [(8, 1), (2, 4), (1, 8)], 2: [(4, 1), (1, 4)]}
+SPLIT_ENGINES = ("single", "ddp", "zero3")
+
+
+def split_cells(world: int) -> list[Cell]:
+    """One step of every loss in every way to split it over `world` ranks."""
+    return [
+        Cell(loss, micro_batch=micro_batch, accumulation=accumulation, steps=1)
+        for loss in LOSSES
+        for micro_batch, accumulation in SPLITS[world]
+        # The root of `rms` spans a micro-step, and TRL's `sft` divides by the tokens of a micro-batch
+        if loss != "rdro+sft" and (loss != "wdpo_rms" or accumulation == 1)
+    ]
+
+
+def cells_of(engine: str) -> list[Cell]:
+    """All that one launch of `engine` runs."""
+    return (split_cells(ENGINES[engine]) if engine in SPLIT_ENGINES else []) + CELLS
+
+
+# The largest relative difference to the single-process run. In bf16 that run is itself up to 0.04 from fp32.
+TOLERANCES = {
+    "fp32": {"loss": 1e-4, "grad_norm": 1e-4, "update": 1e-4},
+    "bf16": {"loss": 1e-2, "grad_norm": 5e-2, "update": 3e-2},
+    # With bf16 adapters and plain SGD most of an update is lost in rounding, but not the same part with ZeRO's fp32
+    # copies: their size says little
+    "bf16 adapters": {"loss": 1e-2, "grad_norm": 5e-2},
+    "split": {"loss": 1e-5, "grad_norm": 1e-5, "update": 1e-5},
+}
+
+
+def tolerances(cell: Cell) -> dict[str, float]:
+    if cell.micro_batch is not None:
+        return TOLERANCES["split"]
+    return TOLERANCES["bf16 adapters" if (cell.model, cell.dtype) == ("qlora", "bf16") else cell.dtype]
+
+
+def update(run: dict[str, Any]) -> torch.Tensor:
+    """What training added to the trainable parameters, as one vector."""
+    return torch.cat([(run["after"][name] - run["before"][name]).flatten() for name in sorted(run["before"])])
+
+
+def errors(run: dict[str, Any], baseline: dict[str, Any]) -> dict[str, float]:
+    """Relative differences between two runs: the largest of the steps' losses and gradient norms, and the update's."""
+    if sorted(run["before"]) != sorted(baseline["before"]):
+        raise ValueError("The two runs trained different parameters.")
+    found = {}
+    for key in ("loss", "grad_norm"):
+        pairs = list(zip(run[key], baseline[key], strict=True))
+        found[key] = max(abs(a - b) / abs(b) for a, b in pairs)
+    expected = update(baseline)
+    found["update"] = ((update(run) - expected).norm() / expected.norm()).item()
+    return found

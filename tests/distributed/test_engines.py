@@ -1,0 +1,66 @@
+"""The same training on every engine: losses, gradient norms and parameters equal those of a single process."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from trl_rdro import trl_compat
+
+from .matrix import CELLS, ENGINES, SPLIT_ENGINES, Cell, errors, split_cells, tolerances
+
+
+pytestmark = pytest.mark.slow
+
+DISTRIBUTED = [engine for engine in ENGINES if engine != "single"]
+
+
+def require_equal(run, baseline, cell: Cell) -> None:
+    assert run["before"].keys() == baseline["before"].keys()
+    found = errors(run, baseline)
+    too_large = {key: found[key] for key, limit in tolerances(cell).items() if not found[key] <= limit}
+    assert not too_large, f"relative differences {too_large} beyond {tolerances(cell)}"
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("engine", DISTRIBUTED)
+def test_equals_single_process(launches, engine, cell):
+    require_equal(launches.result(engine, cell), launches.result("single", cell), cell)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_cell_trains(launches, cell):
+    """What the others are compared with is a run that moves, and whose steps differ."""
+    run = launches.result("single", cell)
+    assert len(run["loss"]) == len(set(run["loss"])) == cell.steps
+    assert all(norm > 0 for norm in run["grad_norm"])
+    moved = [name for name, value in run["after"].items() if not value.equal(run["before"][name])]
+    assert len(moved) == len(run["after"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "cell"),
+    [
+        pytest.param(engine, cell, id=f"{engine}-{cell.name}")
+        for engine in SPLIT_ENGINES
+        for cell in split_cells(ENGINES[engine])
+    ],
+)
+def test_split_invariance(launches, engine, cell):
+    """One step of the same eight samples, cut into ranks and micro-batches. For `wdpo_rms` only where the micro-step
+    is the whole batch, because its root spans the ranks of a micro-step and not accumulation."""
+    whole = Cell(cell.loss, micro_batch=8, steps=1)
+    require_equal(launches.result(engine, cell), launches.result("single", whole), cell)
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.loss == "wdpo"], ids=lambda cell: cell.name)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_central_difference(launches, engine, cell):
+    """The slope that WDPO measures is the gradient's norm: also where an engine computes or returns bf16."""
+    gaps = [log["wdpo/gap"] for log in launches.result(engine, cell)["logs"]]
+    assert max(gaps) < (1e-3 if cell.dtype == "fp32" else 0.03)
+
+
+def test_wdpo_refuses_fsdp1():
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
+    with pytest.raises(ValueError, match="`wdpo` does not run with FSDP1.* Use FSDP2"):
+        trl_compat.refuse_fsdp1(accelerator, "wdpo")
