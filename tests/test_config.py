@@ -31,8 +31,10 @@ BAD_VALUES = {
     "kldpo_tau": [*NOT_NUMBERS, None, 0, 0.0, -1, -0.05],
     "wdpo_rho": [*NOT_NUMBERS, None, -1, -1e-9],
     "wdpo_penalty": [*NOT_NAMES, None, "mean"],
+    "wdpo_interval": [*NOT_NUMBERS, None, 0, -1, 1.5, 2.0],
     "wdpo_eps": NOT_OPEN_UNIT,
     "inner_loss_type": [*NOT_NAMES, None, "kldpo", "robust"],
+    "plot": [None, "yes", 1],
     "loss_type": ["", "dpo", "rdro,sft", ["rdro", "dpo"], [3], [None], [["rdro"]], 3, True, None, []],
 }
 GOOD_VALUES = {
@@ -42,8 +44,10 @@ GOOD_VALUES = {
     "kldpo_tau": [0.005, 1, 1e6],
     "wdpo_rho": [0, 0.0, 0.005, 100],
     "wdpo_penalty": ["squared", "rms"],
+    "wdpo_interval": [1, 4],
     "wdpo_eps": [None, 1e-5, 0.1],
     "inner_loss_type": ["sigmoid", "ipo", "hinge"],
+    "plot": [False, True],
     "loss_type": [["rdro", "sft"], ["sigmoid"], ["kldpo", "wdpo"]],
 }
 

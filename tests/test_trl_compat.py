@@ -12,7 +12,11 @@ import transformers
 import trl
 import trl.models.utils
 import trl.trainer.utils
+from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
+from trl_rdro import trl_compat
 from trl_rdro.configs.dpo_config import TRL_DPO_LOSSES
 from trl_rdro.configs.kto_config import TRL_KTO_LOSSES
 
@@ -62,6 +66,23 @@ def test_the_trainers_and_batches_hold_what_is_read(tmp_path):
     assert output.log_probs[pairs["completion_mask"][:, 1:] == 0].eq(0).all(), LAST_SEEN
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_rows_are_prepared_without_a_trainer_as_with_one(method, tmp_path):
+    rows = tiny_preferences(6).to_list()
+    rows[2]["prompt"] *= 10  # longer than max_length
+    dataset = Dataset.from_list(rows)
+    common = cpu_args(output_dir=str(tmp_path), max_length=60)
+    if method == "dpo":
+        args, trainer_class = trl.DPOConfig(**common), trl.DPOTrainer
+    else:
+        args, trainer_class = trl.KTOConfig(loss_type="apo_zero_unpaired", **common), trl.KTOTrainer
+    trainer = trainer_class(save_tiny(tmp_path), args=args, train_dataset=dataset)
+    prepared, collator = trl_compat.prepare_dataset(method, dataset, trainer.processing_class, args)
+    assert prepared.to_list() == trainer.train_dataset.to_list(), LAST_SEEN
+    assert len(prepared) == (5 if method == "dpo" else 10), LAST_SEEN
+    assert vars(collator) == vars(trainer.data_collator) and type(collator) is type(trainer.data_collator), LAST_SEEN
+
+
 def test_loss_names_are_the_ones_the_trainers_know():
     in_code = re.findall(r'loss_type == "(\w+)"', inspect.getsource(trl.DPOTrainer._compute_loss))
     assert sorted(TRL_DPO_LOSSES) == sorted(in_code), LAST_SEEN
@@ -70,6 +91,7 @@ def test_loss_names_are_the_ones_the_trainers_know():
 
 
 def test_helpers_and_hooks_exist():
+    assert {"_get_fsdp_state"} <= set(dir(FSDPModule)) and callable(FSDPState._lazy_init), "last seen in torch 2.13"
     assert callable(trl.models.utils.disable_gradient_checkpointing), LAST_SEEN
     assert callable(trl.trainer.utils.get_config_model_id), LAST_SEEN
     # Set from the micro-batches of the step right after `get_batch_samples` returned them

@@ -4,14 +4,20 @@ Last checked against TRL 1.15 and 1.16. `tests/test_trl_compat.py` pins each nam
 fails there, with a sentence, and is mended in this file.
 """
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import trl
 from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FSDPModule
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
 from trl.trainer.utils import get_config_model_id
 
 
@@ -70,6 +76,68 @@ def _attributes(trainer: AnyTrainer, **values: Any):
         vars(trainer).update(saved)
 
 
+# Without a trainer: what `trl-rdro inspect` and `trl-rdro score` need
+
+# In place of the trainer, for `policy_forward` and `completion_logps`
+NO_TRAINER = SimpleNamespace(aux_loss_enabled=False)
+
+
+def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any) -> tuple[Any, Callable]:
+    """What TRL's trainer makes of a data set before training, without a trainer or a model.
+
+    Args:
+        method: "dpo" or "kto".
+        args: a config, or any object with its `max_length`, `truncation_mode` (dpo), `dataset_num_proc` and
+            `pad_to_multiple_of`.
+
+    Returns:
+        The data set with `prompt_ids` and `chosen_ids`, `rejected_ids` or `completion_ids` added and the rows without
+        room for a completion dropped; and the collator that truncates and pads its rows.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    trainer_class = {"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer}[method]
+    trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
+    # Under the name "train" TRL would advise on KTO's class weights
+    prepared = trainer_class._prepare_dataset(trainer, dataset, processing_class, args, "given")
+    settings = {
+        "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        "max_length": args.max_length,
+        "pad_to_multiple_of": args.pad_to_multiple_of,
+    }
+    if method == "dpo":
+        return prepared, DataCollatorForPreference(**settings, truncation_mode=args.truncation_mode)
+    return prepared, DataCollatorForUnpairedPreference(**settings)
+
+
+# FSDP
+
+
+def full_precision_outputs(accelerator: Any) -> None:
+    """Let FSDP2 return what the model computed. In mixed precision accelerate has it round the outputs: the
+    log-probabilities to three digits, and the losses here take small differences of them."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def refuse_fsdp1(accelerator: Any, loss_type: str) -> None:
+    """For losses that need gradients with respect to inputs."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise ValueError(
+            f"`{loss_type}` does not run with FSDP1, whose parameters are only whole between the hooks of a training "
+            "step, and not in the pass to the embeddings. Use FSDP2 (`fsdp_version: 2`, or TRL's accelerate config "
+            "`fsdp2`)."
+        )
+
+
+def _settle_fsdp2(model: torch.nn.Module) -> None:
+    """Let FSDP2 initialise itself now. Otherwise it does so in the first forward and takes the gradients' dtype from
+    the parameters trainable then, which are none where the first is that of a reference with adapters off."""
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()
+
+
 # Pairs (DPOTrainer)
 
 
@@ -77,6 +145,7 @@ def pair_reference_logps(trainer: trl.DPOTrainer, inputs: dict[str, Any]) -> tor
     """The reference model's log-probabilities of the completions, `(2n,)`: chosen, then rejected."""
     if trainer.precompute_ref_logps:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+    _settle_fsdp2(trainer.model)
     return torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs))
 
 
@@ -125,6 +194,7 @@ def unpaired_reference_logps(trainer: trl.KTOTrainer, inputs: dict[str, Any]) ->
     """The reference model's log-probabilities of the completions, `(n,)`."""
     if trainer.precompute_ref_logps:
         return inputs["ref_logps"]
+    _settle_fsdp2(trainer.model)
     return trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs)[0]
 
 

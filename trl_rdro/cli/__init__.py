@@ -24,9 +24,44 @@ def kto(argv: list[str]) -> int:
     return launch("kto", argv)
 
 
+def run_inspect(argv: list[str]) -> int:
+    from .inspect_data import main
+
+    return main(argv)
+
+
+def run_plot(argv: list[str]) -> int:
+    from .plot import main
+
+    return main(argv)
+
+
+def run_recipes(argv: list[str]) -> int:
+    from .recipes import main
+
+    return main(argv)
+
+
+def run_score(argv: list[str]) -> int:
+    from .score import main
+
+    return main(argv)
+
+
+def run_estimate(argv: list[str]) -> int:
+    from .estimate import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "dpo": (dpo, "train on pairs (prompt, chosen, rejected)"),
     "kto": (kto, "train on unpaired completions (prompt, completion, label)"),
+    "recipes": (run_recipes, "list the recipes that come with this package, or copy one"),
+    "inspect": (run_inspect, "print a row of the training data as the model will see it, and what looks wrong"),
+    "score": (run_score, "implicit rewards, accuracy and margin of a model on a preference file"),
+    "plot": (run_plot, "draw the curves of runs as a PNG"),
+    "estimate": (run_estimate, "say what each GPU will hold, before anything is loaded"),
 }
 
 

@@ -208,8 +208,13 @@ def main(method: str, argv: list[str] | None = None) -> int:
     trainer = build_trainer(method, *arguments)
 
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()  # trainer_state.json, which holds the curves
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Training completed, model saved to {training_args.output_dir}")
+    if training_args.plot and trainer.is_world_process_zero():
+        from trl_rdro.plotting import plot_run
+
+        print(f"Curves in {plot_run(trainer.state.log_history, Path(training_args.output_dir) / 'curves.png')}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")

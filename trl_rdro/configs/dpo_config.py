@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import trl
 
 from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig
+from .run_config import RunConfig
 from .validation import require_choice, require_in_range, require_reverse_kl
 
 
@@ -22,7 +23,7 @@ TRL_DPO_LOSSES = tuple(re.findall(r"`'(\w+)'`", _TRL_LOSS_TYPE_HELP))
 
 
 @dataclass
-class DPOConfig(DensityRatioConfig, trl.DPOConfig):
+class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
     r"""
     Configuration class for the [`DPOTrainer`]: [`trl.DPOConfig`] and the fields of our losses.
 
@@ -42,11 +43,16 @@ class DPOConfig(DensityRatioConfig, trl.DPOConfig):
         wdpo_penalty (`str`, *optional*, defaults to `"squared"`):
             `"squared"` (the mean of the squared gradient norms, what the authors ran) or `"rms"` (its square root over
             the micro-batch of all ranks, the paper's Algorithm 1).
+        wdpo_interval (`int`, *optional*, defaults to `1`):
+            Compute WDPO's penalty on every `wdpo_interval`-th micro-batch only, with as many times its weight:
+            unbiased, cheaper, noisier.
         wdpo_eps (`float`, *optional*):
             Step of WDPO's central difference relative to the norm of a pair's embeddings, > 0. If `None`, chosen by
             the dtype and adapted to the logged gap `wdpo/gap`.
         inner_loss_type (`str`, *optional*, defaults to `"sigmoid"`):
             The loss of a pair inside `kldpo` and `wdpo`: `"sigmoid"` (with `label_smoothing`), `"ipo"` or `"hinge"`.
+        plot:
+            See [`RunConfig`].
     """
 
     loss_type: list[str] = field(
@@ -77,6 +83,13 @@ class DPOConfig(DensityRatioConfig, trl.DPOConfig):
             "choices": list(WDPO_PENALTIES),
         },
     )
+    wdpo_interval: int = field(
+        default=1,
+        metadata={
+            "help": "Compute WDPO's penalty on every `wdpo_interval`-th micro-batch only, with as many times its "
+            "weight: unbiased, cheaper, noisier."
+        },
+    )
     wdpo_eps: float | None = field(
         default=None,
         metadata={
@@ -97,6 +110,7 @@ class DPOConfig(DensityRatioConfig, trl.DPOConfig):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self._validate_loss_types()
+        self._validate_run()
         self._validate_density_ratio()
         self._validate_robust()
         self._validate_combinations()
@@ -121,6 +135,8 @@ class DPOConfig(DensityRatioConfig, trl.DPOConfig):
             low_included=True,
         )
         require_in_range("wdpo_rho", self.wdpo_rho, 0, math.inf, "a number >= 0", "0 is plain DPO.", low_included=True)
+        if not isinstance(self.wdpo_interval, int) or isinstance(self.wdpo_interval, bool) or self.wdpo_interval < 1:
+            raise ValueError(f"`wdpo_interval` must be a whole number >= 1, got {self.wdpo_interval!r}.")
         if self.wdpo_eps is not None:
             require_in_range(
                 "wdpo_eps",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import trl
 
 from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig
+from .run_config import RunConfig
 from .validation import require_choice, require_in_range
 
 
@@ -13,7 +14,7 @@ TRL_KTO_LOSSES = tuple(_TRL_FIELDS["loss_type"].metadata["choices"])
 
 
 @dataclass
-class KTOConfig(DensityRatioConfig, trl.KTOConfig):
+class KTOConfig(DensityRatioConfig, RunConfig, trl.KTOConfig):
     r"""
     Configuration class for the [`KTOTrainer`]: [`trl.KTOConfig`] and the fields of our losses.
 
@@ -29,6 +30,8 @@ class KTOConfig(DensityRatioConfig, trl.KTOConfig):
         train_sampling_strategy (`str`, *optional*):
             If `None`, `"random"` for `ddro` and `rdro`, and TRL's default `"sequential"`, which its estimate of the KL
             divergence needs, for the other losses.
+        plot:
+            See [`RunConfig`].
     """
 
     loss_type: str = field(
@@ -56,6 +59,7 @@ class KTOConfig(DensityRatioConfig, trl.KTOConfig):
 
     def __post_init__(self):
         require_choice("loss_type", self.loss_type, [*TRL_KTO_LOSSES, *DENSITY_RATIO_LOSSES])
+        self._validate_run()
         self._validate_density_ratio()
         if self.preferred_fraction is not None:
             require_in_range(
