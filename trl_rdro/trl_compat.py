@@ -229,6 +229,14 @@ def log_metrics(trainer: AnyTrainer, metrics: dict[str, float]) -> None:
         trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
 
 
+def take_metrics(trainer: AnyTrainer) -> dict[str, float]:
+    """The metrics that TRL would log next, averaged as it does, which are then gone."""
+    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    means = {name: sum(values) / len(values) for name, values in metrics.items()}
+    metrics.clear()
+    return means
+
+
 @contextmanager
 def without_checkpointing(trainer: trl.DPOTrainer):
     """For gradient-free forwards: reentrant gradient checkpointing warns in them."""
