@@ -103,7 +103,9 @@ def join_ratings(truth: list[str], rated: list[str]) -> list[RatedText]:
         rated_mean, sd, ratings = by_id[key].split("\t")
         # The two files give different means for 196 tweets. Which one is right cannot be told, so those are left out.
         if abs(float(mean) - float(rated_mean)) < 0.01:
-            joined.append(RatedText(text.strip(), float(rated_mean), float(sd), tuple(json.loads(ratings))))
+            # Runs of spaces become one: two are a single rare token, which outweighs the other twenty of a short text
+            text = " ".join(text.split())
+            joined.append(RatedText(text, float(rated_mean), float(sd), tuple(json.loads(ratings))))
     return joined
 
 

@@ -37,9 +37,10 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
         kldpo_tau (`float`, *optional*, defaults to `1.0`):
             τ of KLDPO, > 0: temperature of the weights softmax(loss / τ) over the pairs of an optimiser step. Large is
             DPO, small is the worst pair only. Published runs: 0.5 to 5 at `beta=0.1`, 0.005 to 0.05 at `beta=0.01`.
-        wdpo_rho (`float`, *optional*, defaults to `0.01`):
-            ρ of WDPO, >= 0: weight of the input-gradient penalty; it means something only together with `beta`. 0 is
-            DPO. Published runs: 0.005 to 0.01 at `beta=0.01`.
+        wdpo_rho (`float`, *optional*, defaults to `0.001`):
+            ρ of WDPO, >= 0: weight of the input-gradient penalty. It means something only together with `beta`: what
+            counts is their product, and the default keeps the published one (ρ 0.005 to 0.01 at β 0.01) at TRL's
+            default `beta` of 0.1. 0 is DPO.
         wdpo_penalty (`str`, *optional*, defaults to `"squared"`):
             `"squared"` (the mean of the squared gradient norms, what the authors ran) or `"rms"` (its square root over
             the micro-batch of all ranks, the paper's Algorithm 1).
@@ -70,7 +71,7 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
         },
     )
     wdpo_rho: float = field(
-        default=0.01,
+        default=0.001,
         metadata={
             "help": "ρ of WDPO, >= 0: weight of the input-gradient penalty; it means something only together with "
             "`beta`. 0 is DPO."
