@@ -135,11 +135,11 @@ class TestBuild:
             builder.read_sdist(content.getvalue())
 
     def test_ratings_are_joined_by_id_and_contradictions_left_out(self, builder):
-        truth = ["7\t1.5\t good film ", "2_1\t-2\tbad\tfilm", "3\t1.44\tyay"]
+        truth = ["7\t1.5\t good  film ", "2_1\t-2\tbad\tfilm", "3\t1.44\tyay"]
         rated = ["3\t2.26\t0.98\t[2, 3]", "2_1\t-2.0\t1.0\t[-1, -3]", "7\t1.5\t0.5\t[1, 2]"]
         first, second = builder.join_ratings(truth, rated)
         assert first == builder.RatedText("good film", 1.5, 0.5, (1, 2))
-        assert second == builder.RatedText("bad\tfilm", -2.0, 1.0, (-1, -3))
+        assert second == builder.RatedText("bad film", -2.0, 1.0, (-1, -3))
 
     def test_disagreement_counts_pairs_of_raters(self, builder):
         chosen = builder.RatedText("", 1.0, 0.0, (3, 1, -1))
