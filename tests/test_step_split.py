@@ -24,6 +24,17 @@ def reference(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("reference"))
 
 
+def away_from_reference(policy, args):
+    """A trainer of a policy that is not its reference, on the 8 pairs."""
+    return DPOTrainer(
+        policy,
+        ref_model=tiny_qwen2(seed=0),
+        args=args,
+        train_dataset=tiny_preferences(8),
+        processing_class=tiny_tokenizer(),
+    )
+
+
 def one_step(reference, output_dir, micro_batch, accumulation, **settings):
     """The update of one SGD step from a policy that is not the reference, so that the pairs' losses differ."""
     policy = tiny_qwen2(seed=1)
@@ -42,13 +53,7 @@ def one_step(reference, output_dir, micro_batch, accumulation, **settings):
             **settings,
         )
     )
-    trainer = DPOTrainer(
-        policy,
-        ref_model=tiny_qwen2(seed=0),
-        args=args,
-        train_dataset=tiny_preferences(8),
-        processing_class=tiny_tokenizer(),
-    )
+    trainer = away_from_reference(policy, args)
     trainer.train()
     return torch.cat([p.detach().flatten() for p in policy.parameters()]) - start, trainer.state.log_history[0]
 
@@ -82,13 +87,7 @@ def test_kldpo_step_against_weights_by_hand(reference, tmp_path):
     update, log = one_step(reference, tmp_path, 2, 4, **LOSSES["kldpo"])
     args = DPOConfig(**cpu_args(output_dir=str(tmp_path), per_device_train_batch_size=1))
     policy = tiny_qwen2(seed=1)
-    trainer = DPOTrainer(
-        policy,
-        ref_model=tiny_qwen2(seed=0),
-        args=args,
-        train_dataset=tiny_preferences(8),
-        processing_class=tiny_tokenizer(),
-    )
+    trainer = away_from_reference(policy, args)
     losses, gradients = [], []
     for batch in trainer.get_train_dataloader():
         policy.zero_grad()

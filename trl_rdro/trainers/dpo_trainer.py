@@ -138,7 +138,7 @@ class DPOTrainer(Safeguards, trl.DPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # The Trainer hands over the micro-batches of one optimiser step together
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if len(batch_samples) > 1 and not set(OUR_DPO_LOSSES).isdisjoint(self.loss_types):
+        if len(batch_samples) > 1 and self._ours:
             batch_samples = with_step_scales(batch_samples)
             if "kldpo" in self.loss_types:
                 self._weigh_step(batch_samples)
