@@ -54,6 +54,12 @@ def run_estimate(argv: list[str]) -> int:
     return main(argv)
 
 
+def run_dynamics(argv: list[str]) -> int:
+    from .dynamics import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "dpo": (dpo, "train on pairs (prompt, chosen, rejected)"),
     "kto": (kto, "train on unpaired completions (prompt, completion, label)"),
@@ -62,6 +68,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "score": (run_score, "implicit rewards, accuracy and margin of a model on a preference file"),
     "plot": (run_plot, "draw the curves of runs as a PNG"),
     "estimate": (run_estimate, "say what each GPU will hold, before anything is loaded"),
+    "dynamics": (run_dynamics, "say whether a loop of sampling and training will settle, oscillate or collapse"),
 }
 
 

@@ -1,0 +1,209 @@
+"""
+`trl-rdro dynamics`: whether a loop of sampling, judging and training will settle, circle or collapse.
+
+What to consult before choosing a, lam and b of an iterated run. No model is involved; see `trl_rdro.dynamics`.
+"""
+
+import argparse
+import csv
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import dynamics
+from .errors import UserError, user_error
+
+
+CLOSE = 0.01  # total variation from the fixed point at which the loop counts as settled
+GRID = 100  # points along each axis of the diagram
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-rdro dynamics",
+        description="Iterate pi_{t+1} = softmax(a log pi_t + (1-a) log pi_0 + b P mu_t), mu_t = lam pi_t + (1-lam) "
+        "pi_0, on given preferences P: rounds of sampling, judging and training with IPO, seen as a whole. Prints "
+        "whether the loop settles, oscillates or collapses to one answer, its fixed point, and its stability margin.",
+        allow_abbrev=False,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--cycle", type=float, metavar="C", help="three answers, each preferred to the next with probability 1/2 + C"
+    )
+    source.add_argument(
+        "--rewards", type=float, nargs="+", metavar="R", help="Bradley-Terry: one reward for each answer"
+    )
+    source.add_argument(
+        "--preferences",
+        metavar="FILE",
+        help="a .json or .csv file of rows: P[i][j] is the probability that answer i is preferred to answer j",
+    )
+    parser.add_argument(
+        "--a", type=float, required=True, help="how far the reference follows the policy: 0 never, 1 all"
+    )
+    parser.add_argument("--b", type=float, required=True, help="the step: 1/tau of IPO")
+    parser.add_argument(
+        "--lam", type=float, default=1.0, help="share of the answers drawn from the policy (default: 1)"
+    )
+    parser.add_argument(
+        "--reference", type=float, nargs="+", metavar="W", help="pi_0 as weights of the answers (default: all equal)"
+    )
+    parser.add_argument("--rounds", type=int, default=100, metavar="N", help="rounds to simulate (default: 100)")
+    parser.add_argument(
+        "--entropy_floor", type=float, metavar="H", help="nats below which it is a collapse (default: 0.1 log K)"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="write everything, the policy of each round included, as JSON"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw the regimes over a and b lam as a PNG")
+    parser.add_argument(
+        "--plot_max", type=float, metavar="X", help="the largest b lam of the diagram (default: twice yours)"
+    )
+    return parser
+
+
+def read_preferences(name: str) -> Any:
+    path = Path(name)
+    if path.suffix.lower() not in (".json", ".csv"):
+        raise UserError(f"preferences are read from a .json or .csv file, not {name}")
+    with user_error(OSError, ValueError, prefix=f"cannot read {name}: "):
+        text = path.read_text()
+        if path.suffix.lower() == ".json":
+            return json.loads(text)
+        return [[float(cell) for cell in row] for row in csv.reader(text.splitlines()) if row]
+
+
+def preferences(args: argparse.Namespace) -> np.ndarray:
+    if args.cycle is not None:
+        require("--cycle", args.cycle, 0, 0.5)
+        return dynamics.cycle(args.cycle)
+    if args.rewards is not None:
+        if len(args.rewards) < 2 or not np.isfinite(args.rewards).all():
+            raise UserError("--rewards needs two numbers or more, all finite")
+        return dynamics.bradley_terry(args.rewards)
+    with user_error(ValueError, prefix=f"{args.preferences}: "):
+        return dynamics.check_preferences(read_preferences(args.preferences))
+
+
+def require(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most or value == math.inf:
+        between = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        raise UserError(f"{name} must be {between} and finite, got {value:g}")
+
+
+def check(args: argparse.Namespace) -> None:
+    for name, most in (("a", 1), ("b", math.inf), ("lam", 1)):
+        require(f"--{name}", getattr(args, name), 0, most)
+    require("--rounds", args.rounds, 1, math.inf)
+    for name in ("entropy_floor", "plot_max"):
+        if getattr(args, name) is not None:
+            require(f"--{name}", getattr(args, name), 0, math.inf)
+    for path in filter(None, (args.output, args.plot)):
+        if not Path(path).parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no directory {Path(path).parent}")
+    if args.plot is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("plots need matplotlib: pip install 'trl-rdro[plot]'")
+    if Path(args.plot).suffix.lower() != ".png":
+        raise UserError(f"the plot is a PNG: give --plot a name that ends in .png, not {args.plot}")
+    if args.lam == 0:
+        raise UserError("with --lam 0 the diagram over a and b lam has no height: leave --plot out, or raise --lam")
+    if args.plot_max == 0 or (args.plot_max is None and args.b == 0):
+        raise UserError("the diagram needs a --plot_max above 0")
+
+
+def reference_policy(weights: list[float] | None, answers: int) -> np.ndarray:
+    if weights is None:
+        return np.full(answers, 1 / answers)
+    if len(weights) != answers:
+        raise UserError(f"--reference has {len(weights)} weights for {answers} answers")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise UserError("--reference needs weights above 0: an answer that pi_0 never gives is never found")
+    return np.array(weights) / sum(weights)
+
+
+def compute(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is printed and written."""
+    P = preferences(args)
+    reference = reference_policy(args.reference, len(P))
+    floor = dynamics.default_entropy_floor(P) if args.entropy_floor is None else args.entropy_floor
+    with user_error(ArithmeticError):
+        point = dynamics.regime(P, args.a, args.b, args.lam, reference, floor)
+    policies = dynamics.softmax(
+        dynamics.trajectory(P, args.a, args.b, args.lam, reference, dynamics.disturbed(reference), args.rounds)
+    )
+    distances = abs(policies - point["fixed_point"]).sum(axis=-1) / 2
+    away = np.flatnonzero(distances > CLOSE)
+    settled = 0 if not len(away) else int(away[-1]) + 1
+    return {
+        "a": args.a,
+        "b": args.b,
+        "lam": args.lam,
+        "preferences": P.tolist(),
+        "reference": reference.tolist(),
+        "regime": dynamics.REGIMES[point["regime"]],
+        "margin": float(point["margin"]),
+        "rate": float(point["rate"]),
+        "fixed_point": point["fixed_point"].tolist(),
+        "entropy": float(point["entropy"]),
+        "entropy_floor": floor,
+        "settled_after": settled if settled <= args.rounds else None,
+        "policies": policies.tolist(),
+        "entropies": dynamics.entropy(policies).tolist(),
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    rate, rounds = result["rate"], len(result["policies"]) - 1
+    answers = len(result["fixed_point"])
+    margin = "converges from anywhere" if result["margin"] > 0 else "no promise from far away"
+    turn = (
+        "each round brings it closer" if rate < 1 else "each round drives it away" if rate > 1 else "no pull to pi_0"
+    )
+    after = result["settled_after"]
+    lines = {
+        "regime": result["regime"],
+        "margin": f"{result['margin']:.4f}: 1 - (a + (b lam / 2) ||P - 1/2||), {margin}",
+        "rate": f"{rate:.4f}: the factor per round of a small distance from the fixed point, {turn}",
+        "fixed point": " ".join(f"{p:.4f}" for p in result["fixed_point"]),
+        "entropy": f"{result['entropy']:.4f} nats there, of {np.log(answers):.4f}; a collapse is below "
+        f"{result['entropy_floor']:.4f}",
+        "simulated": "from half pi_0, half the first answer: "
+        + (
+            f"within {CLOSE} of it for good after {after} rounds"
+            if after is not None
+            else f"not within {CLOSE} of it after {rounds} rounds; entropy then {result['entropies'][-1]:.4f} nats"
+        ),
+    }
+    return "\n".join(f"{name:13}{text}" for name, text in lines.items())
+
+
+def main(argv: list[str]) -> int:
+    args = make_parser().parse_args(argv)
+    check(args)
+    result = compute(args)
+    print(report(result))
+    if args.output is not None:
+        with user_error(OSError):
+            Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot is not None:
+        from ..phase_plot import plot_phase_diagram
+
+        most = 2 * args.b * args.lam if args.plot_max is None else args.plot_max
+        a, b_lam = np.linspace(0, 1, GRID), np.linspace(0, most, GRID)
+        diagram = dynamics.phase_diagram(
+            np.array(result["preferences"]),
+            a,
+            b_lam,
+            args.lam,
+            np.array(result["reference"]),
+            result["entropy_floor"],
+        )
+        with user_error(OSError):
+            print(plot_phase_diagram(diagram, a, b_lam, args.plot, here=(args.a, args.b * args.lam)))
+    return 0
