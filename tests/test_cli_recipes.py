@@ -76,6 +76,7 @@ def test_list_is_a_line_each(library, capsys, monkeypatch):
 def test_the_packages_own_recipes_can_be_listed():
     found = {recipe.name: recipe for recipe in recipes.list_recipes()}
     assert found["quickstart"].loss == "rdro" and found["quickstart"].command == "dpo"
+    assert found["iterate"].loss == "sigmoid" and found["iterate"].command == "iterate"
     assert all(recipe.summary for recipe in found.values())
 
 
@@ -87,6 +88,12 @@ def test_copy_refers_to_installed_files_and_to_itself(library, tmp_path, capsys)
     assert f"--accelerate_config {library / 'accelerate' / 'zero9.yaml'}" in text
     assert main(["recipes", "--copy", "quick", "--to", "new/folder"]) == 0
     assert yaml.safe_load((tmp_path / "new" / "folder" / "quick.yaml").read_text())["dataset_name"] == QUICKSTART_DIR
+
+
+def test_copy_of_the_loops_recipe_finds_its_prompts(tmp_path):
+    assert main(["recipes", "--copy", "iterate", "--to", str(tmp_path)]) == 0
+    prompts = Path(yaml.safe_load((tmp_path / "iterate.yaml").read_text())["dataset_name"])
+    assert prompts.is_absolute() and (prompts / "train.jsonl").is_file()
 
 
 @pytest.mark.parametrize("name", ["recipes/accelerate/zero9.yaml", "accelerate/zero9", "zero9"])

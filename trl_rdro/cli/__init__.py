@@ -60,6 +60,12 @@ def run_dynamics(argv: list[str]) -> int:
     return main(argv)
 
 
+def run_iterate(argv: list[str]) -> int:
+    from .iterate import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "dpo": (dpo, "train on pairs (prompt, chosen, rejected)"),
     "kto": (kto, "train on unpaired completions (prompt, completion, label)"),
@@ -69,6 +75,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "plot": (run_plot, "draw the curves of runs as a PNG"),
     "estimate": (run_estimate, "say what each GPU will hold, before anything is loaded"),
     "dynamics": (run_dynamics, "say whether a loop of sampling and training will settle, oscillate or collapse"),
+    "iterate": (run_iterate, "rounds of sampling, judging and training, with a stability report for each"),
 }
 
 

@@ -40,16 +40,19 @@ def accelerate_config_file(name: str) -> str:
 def launch(method: str, argv: list[str]) -> int:
     """Run the training of `method` with the command line `argv` in the processes it asks for."""
     _, launch_flags, launch_argv = parse(method, argv)
+    return launch_module(TRAINING_MODULE, [method, *without(argv, launch_argv)], [*launch_flags, *launch_argv])
 
+
+def launch_module(module: str, module_argv: list[str], launch_argv: list[str]) -> int:
+    """Run a module under `accelerate launch`."""
     parser = make_launch_parser()
 
     def fail(message):
         raise UserError(message)
 
     parser.error = fail
-    training_argv = [method, *without(argv, launch_argv)]
-    args = parser.parse_args([*launch_flags, *launch_argv, "--module", TRAINING_MODULE, *training_argv])
-    if args.training_script != TRAINING_MODULE:
+    args = parser.parse_args([*launch_argv, "--module", module, *module_argv])
+    if args.training_script != module:
         raise UserError(f"unexpected argument {args.training_script}: a YAML file is given with --config FILE")
     if args.accelerate_config is not None:
         args.config_file = accelerate_config_file(args.accelerate_config)

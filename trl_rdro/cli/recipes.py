@@ -70,7 +70,7 @@ def read_recipe(path: Path, directory: Path) -> Recipe:
     recipe.loss = "+".join(map(str, loss)) if isinstance(loss, list) else str(loss)
     quantised = keys.get("load_in_4bit") or keys.get("load_in_8bit")
     recipe.method = ("qlora" if quantised else "lora") if keys.get("use_peft") else "full"
-    recipe.command = header(text, r"method: |.*(?:trl-rdro |scripts/)", "dpo|kto")
+    recipe.command = header(text, r"method: |.*(?:trl-rdro |scripts/)", "dpo|kto|iterate")
     recipe.gpus = header(text, "gpus: ", r"\d+")
     return recipe
 
@@ -137,7 +137,7 @@ def localised(recipe: Recipe, target: Path) -> str:
     from ..quickstart import QUICKSTART_DIR
 
     text = recipe.path.read_text(encoding="utf-8").replace(f"recipes/{recipe.name}.yaml", target.as_posix())
-    text = text.replace("trl_rdro/data/quickstart", Path(QUICKSTART_DIR).as_posix())
+    text = text.replace("trl_rdro/data/", f"{Path(QUICKSTART_DIR).parent.as_posix()}/")
     return re.sub(r"(?<![\w/])recipes/accelerate/(?=\w)", f"{(recipe_directory() / 'accelerate').as_posix()}/", text)
 
 

@@ -69,15 +69,14 @@ def make_launch_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(method: str, argv: list[str]) -> tuple[tuple, list[str], list[str]]:
+def parse_strictly(parser: Parser, argv: list[str]) -> tuple[list, list[str], list[str]]:
     """
-    Parse the command line and its YAML file, and refuse what nobody knows.
+    Parse the command line and its YAML file, and refuse what neither `parser` nor `accelerate launch` knows.
 
     Returns:
-        The script, training, model and dataset arguments; the launch flags found in the YAML file; and those found on
-        the command line (in their order there).
+        What `parser` makes of it; the launch flags found in the YAML file; and those found on the command line (in
+        their order there).
     """
-    parser = make_parser(method)
     if argv and argv[-1] == "--config":
         raise UserError("expected a file name after --config")
     with user_error(ValueError, TypeError, OSError, ImportError, YAMLError):
@@ -99,13 +98,27 @@ def parse(method: str, argv: list[str]) -> tuple[tuple, list[str], list[str]]:
             launch_flags += [option, value]
         elif value == "True":
             launch_flags += [option]
+    return parsed, launch_flags, from_command_line
 
+
+def parse(method: str, argv: list[str]) -> tuple[tuple, list[str], list[str]]:
+    """
+    Parse the command line and its YAML file for a training run.
+
+    Returns:
+        The script, training, model and dataset arguments; and the launch flags of `parse_strictly`.
+    """
+    parsed, launch_flags, from_command_line = parse_strictly(make_parser(method), argv)
     script_args, training_args, model_args, dataset_args = parsed
-    if model_args.model_name_or_path is None:
-        raise UserError("no model given: set model_name_or_path to a local directory or a hub id")
+    require_model_name(model_args)
     if script_args.dataset_name is None and not dataset_args.datasets:
         raise UserError("no dataset given: set dataset_name (a hub id, directory or file) or a list of datasets")
     return (script_args, training_args, model_args, dataset_args), launch_flags, from_command_line
+
+
+def require_model_name(model_args: ModelConfig) -> None:
+    if model_args.model_name_or_path is None:
+        raise UserError("no model given: set model_name_or_path to a local directory or a hub id")
 
 
 def file_builder(name: str) -> str | None:
@@ -121,6 +134,16 @@ def file_builder(name: str) -> str | None:
     return None
 
 
+def load_splits(script_args: ScriptArguments):
+    """All splits of `dataset_name`."""
+    name = script_args.dataset_name
+    builder = file_builder(name)
+    source = {"path": builder, "data_files": name} if builder else {"path": name}
+    where = "" if Path(name).exists() else " (not a local file or directory, and not found on the hub)"
+    with user_error(Exception, prefix=f"cannot load the dataset {name}{where}: "):
+        return load_dataset(**source, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+
+
 def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, with_eval: bool) -> tuple:
     """Load the training split, and the evaluation split if `with_eval`."""
     if dataset_args.datasets:
@@ -132,12 +155,7 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, 
         with user_error(Exception, prefix="cannot load `datasets`: "):
             dataset = get_dataset(dataset_args)
     else:
-        name = script_args.dataset_name
-        builder = file_builder(name)
-        source = {"path": builder, "data_files": name} if builder else {"path": name}
-        where = "" if Path(name).exists() else " (not a local file or directory, and not found on the hub)"
-        with user_error(Exception, prefix=f"cannot load the dataset {name}{where}: "):
-            dataset = load_dataset(**source, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+        dataset = load_splits(script_args)
 
     splits = {"dataset_train_split": script_args.dataset_train_split}
     if with_eval:
@@ -162,8 +180,8 @@ def find_checkpoint(training_args) -> str | bool | None:
     return wanted
 
 
-def build_trainer(method: str, script_args, training_args, model_args, dataset_args):
-    """Build the trainer that the arguments describe; every mistake in them ends in a `UserError`."""
+def find_model(training_args, model_args: ModelConfig) -> None:
+    """Look whether there is a model of that name, and tell the trainer how to load it."""
     model_name = model_args.model_name_or_path
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -177,12 +195,17 @@ def build_trainer(method: str, script_args, training_args, model_args, dataset_a
         AutoConfig.from_pretrained(
             model_name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
         )
+
+
+def build_trainer(method: str, script_args, training_args, model_args, dataset_args):
+    """Build the trainer that the arguments describe; every mistake in them ends in a `UserError`."""
+    find_model(training_args, model_args)
     with_eval = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_data(script_args, dataset_args, with_eval)
 
     with user_error(ValueError, OSError, ImportError, NotImplementedError):
         trainer = getattr(trl_rdro, f"{method.upper()}Trainer")(
-            model=model_name,
+            model=model_args.model_name_or_path,
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

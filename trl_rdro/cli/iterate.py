@@ -1,0 +1,122 @@
+"""
+`trl-rdro iterate`: check the arguments here, then run the loop under `accelerate launch`.
+
+`python -m trl_rdro.cli.iterate --config my.yaml` is what every process of a launched run executes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from trl import ModelConfig, ScriptArguments
+from yaml import YAMLError, safe_load
+
+import trl_rdro
+from trl_rdro.iterate.config import METHODS, IterateConfig
+from trl_rdro.iterate.judges import Judge, make_judge
+from trl_rdro.trainers.dataset_checks import first_example
+
+from .errors import UserError, report_user_errors, user_error
+from .launch import launch_module, without
+from .train import Parser, find_model, load_splits, parse_strictly, require_model_name
+
+
+LOOP_MODULE = "trl_rdro.cli.iterate"
+# With TRL's 0.1 a logistic loss moves the policy ten times as far, beyond what the loop's defaults keep stable
+DEFAULT_BETA = 1.0
+
+
+def find_method(argv: list[str]) -> str:
+    """`dpo` or `kto`, which decides what options there are: from the command line, else from its YAML file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--method", "--config"):
+        parser.add_argument(name, nargs="?")
+    known, _ = parser.parse_known_args(argv)
+    method = known.method
+    if method is None and known.config is not None:
+        with user_error(OSError, YAMLError):
+            settings = safe_load(Path(known.config).read_text(encoding="utf-8"))
+        method = settings.get("method") if isinstance(settings, dict) else None
+    return method if method in METHODS else METHODS[0]
+
+
+def make_parser(method: str) -> Parser:
+    parser = Parser(
+        (IterateConfig, ScriptArguments, getattr(trl_rdro, f"{method.upper()}Config"), ModelConfig),
+        prog="trl-rdro iterate",
+        usage="%(prog)s [--config FILE] [--accelerate_config NAME_OR_FILE] [--OPTION VALUE ...]",
+        description="Rounds of sampling, judging and training, with a reference and a sampling distribution that move "
+        "by set shares, and a stability report for each round. FILE is a YAML file of any of these options, which the "
+        "command line overrides. The training options are those of `trl-rdro dpo`, or with `method: kto` those of "
+        f"`trl-rdro kto`; `beta` is {DEFAULT_BETA} unless set.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(beta=DEFAULT_BETA)
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[tuple, Judge, list[str], list[str]]:
+    """
+    Parse the command line and its YAML file, and refuse what does not go together.
+
+    Returns:
+        The loop, script, training and model arguments; the judge; and the launch flags of the YAML file and of the
+        command line.
+    """
+    (config, script_args, args, model_args), launch_flags, from_command_line = parse_strictly(
+        make_parser(find_method(argv)), argv
+    )
+    require_model_name(model_args)
+    if script_args.dataset_name is None:
+        raise UserError("no prompts given: set dataset_name (a hub id, directory or file with a column prompt)")
+    with user_error(ValueError):
+        config.validate_with(args)
+        judge = make_judge(config)
+    return (config, script_args, args, model_args), judge, launch_flags, from_command_line
+
+
+def load_prompts(script_args: ScriptArguments) -> tuple[list[dict], list[dict]]:
+    """The rows of the training split, and those of the test split, or the same where there is none."""
+    splits = load_splits(script_args)
+    names = (script_args.dataset_train_split, script_args.dataset_test_split)
+    if names[0] not in splits:
+        raise UserError(f"the dataset has no split {names[0]} (dataset_train_split), only: {', '.join(splits)}")
+    found = [list(splits[name]) for name in names if name in splits]
+    for name, rows in zip(names, found, strict=False):
+        with user_error(ValueError):
+            columns = first_example(rows, name)
+        if "prompt" not in columns:
+            raise UserError(f"split {name} has no column prompt, only: {', '.join(columns)}; rename the one it has")
+    return found[0], found[-1]
+
+
+def launch(argv: list[str]) -> int:
+    """Run the loop in the processes that the command line asks for."""
+    *_, launch_flags, launch_argv = parse(argv)
+    return launch_module(LOOP_MODULE, without(argv, launch_argv), [*launch_flags, *launch_argv])
+
+
+@report_user_errors
+def run(argv: list[str] | None = None) -> int:
+    """Run the loop in this process, one of those launched."""
+    (config, script_args, args, model_args), judge, _, unused = parse(sys.argv[1:] if argv is None else argv)
+    if unused:
+        raise UserError(f"{unused[0]} is not an option of the script: flags of `accelerate launch` go before its name")
+    find_model(args, model_args)
+    rows, monitor_rows = load_prompts(script_args)
+    from trl_rdro.iterate.rounds import Loop
+
+    with user_error(ValueError):
+        loop = Loop(config, args, model_args, judge, rows, monitor_rows)
+    result = loop.run()
+    if args.process_index == 0:
+        stopped = "stopped at the entropy floor, " if result["stopped"] else ""
+        print(f"Loop completed: {stopped}model of round {result['final_round'] + 1} in {args.output_dir}/final")
+    return 0
+
+
+main = launch
+
+
+if __name__ == "__main__":
+    sys.exit(run())

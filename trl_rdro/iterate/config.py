@@ -1,0 +1,238 @@
+"""What `trl-rdro iterate` adds to the training options."""
+
+import importlib.util
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..configs.validation import require_choice, require_in_range
+from .references import needs_distribution
+from .stability import largest_norm, loss_strength, stability_margin
+
+
+METHODS = ("dpo", "kto")
+SELECTIONS = ("best_vs_worst", "random", "rejection")
+DEFAULT_REFERENCE_MIX = 0.25
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class IterateConfig:
+    r"""
+    The loop: what is sampled, who judges, how the reference moves, when to stop.
+
+    Parameters:
+        method (`str`, defaults to `"dpo"`): train on pairs (`"dpo"`) or on labelled completions (`"kto"`).
+        rounds (`int`, defaults to `3`): raise it to continue a finished run.
+        reference_mix (`float`, *optional*): a in [0, 1]: the reference of a round is pi_t^a pi_0^(1-a). If `None`,
+            0.25. Must be `None` for losses of single log-ratios (ddro, rdro, apo_zero_unpaired, ...): their reference
+            is the sampling distribution.
+        sampling_mix (`float`, defaults to `0.25`): lam in [0, 1]: the share of completions drawn from pi_t; the others
+            are drawn from pi_0.
+        samples_per_prompt (`int`, defaults to `4`): completions for each prompt and round.
+        prompts_per_round (`int`, *optional*): a round takes so many prompts, the next round the next ones. If `None`,
+            all.
+        pair_selection (`str`, defaults to `"best_vs_worst"`): also `"random"` (disjoint random pairs) or `"rejection"`
+            (every pair whose rewards differ by more than `reward_gap`).
+        reward_gap (`float`, defaults to `0.0`): see `pair_selection`.
+        reward_funcs (`list[str]`, *optional*): dotted paths of reward functions with TRL's signature.
+        reward_weights (`list[float]`, *optional*): their weights. If `None`, 1 each.
+        preference_func (`str`, *optional*): dotted path of `f(prompts, first, second, **columns) -> list[float]`, the
+            probability that the first completion beats the second.
+        labelled_file (`str`, *optional*): JSON lines of prompt, completion, score or of prompt, chosen, rejected.
+        max_completion_length (`int`, defaults to `256`): in tokens.
+        temperature (`float`, defaults to `1.0`), top_p (`float`, defaults to `1.0`), top_k (`int`, defaults to `0`):
+            of sampling. The completions of the stability report are always drawn from the policy itself.
+        use_vllm (`bool`, defaults to `False`): sample with vLLM, in one process.
+        prompts_per_chunk (`int`, defaults to `8`): prompts that are sampled at once, and lost at most when killed.
+        monitor_prompts (`int`, defaults to `64`): prompts of the stability report, from the test split where there is
+            one.
+        monitor_samples (`int`, defaults to `4`): completions for each of them.
+        entropy_floor (`float`, defaults to `0.1`): stop when the policy's entropy falls below this share of that of
+            pi_0. 0 never stops.
+        keep_rounds (`int`, *optional*): keep the data and the models of so many last rounds, and of the best one. If
+            `None`, all. Reports are always kept.
+    """
+
+    method: str = field(
+        default="dpo",
+        metadata={**_help("`dpo` (pairs) or `kto` (labelled completions)."), "choices": list(METHODS)},
+    )
+    rounds: int = field(default=3, metadata=_help("Rounds of sample, judge, train."))
+    reference_mix: float | None = field(
+        default=None,
+        metadata=_help(
+            f"a in [0, 1]: the reference of a round is pi_t^a pi_0^(1-a). If `None`, {DEFAULT_REFERENCE_MIX}; must be "
+            "None for losses of single log-ratios."
+        ),
+    )
+    sampling_mix: float = field(
+        default=0.25, metadata=_help("lam in [0, 1]: the share of completions drawn from pi_t, not from pi_0.")
+    )
+    samples_per_prompt: int = field(default=4, metadata=_help("Completions for each prompt and round, at least 2."))
+    prompts_per_round: int | None = field(
+        default=None, metadata=_help("A round takes so many prompts, the next round the next ones. If `None`, all.")
+    )
+    pair_selection: str = field(
+        default="best_vs_worst",
+        metadata={
+            **_help("`best_vs_worst`, `random`, or `rejection` (all pairs whose rewards differ by `reward_gap`)."),
+            "choices": list(SELECTIONS),
+        },
+    )
+    reward_gap: float = field(default=0.0, metadata=_help("For `pair_selection=rejection`: the gap to exceed."))
+    reward_funcs: list[str] | None = field(
+        default=None, metadata=_help("Dotted paths of reward functions with TRL's signature.")
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata=_help("The weights of `reward_funcs`. If `None`, 1 each.")
+    )
+    preference_func: str | None = field(
+        default=None,
+        metadata=_help(
+            "Dotted path of f(prompts, first, second, **columns) -> list of probabilities that the first wins."
+        ),
+    )
+    labelled_file: str | None = field(
+        default=None,
+        metadata=_help("JSON lines of (prompt, completion, score), or of (prompt, chosen, rejected)."),
+    )
+    max_completion_length: int = field(default=256, metadata=_help("Longest completion, in tokens."))
+    temperature: float = field(default=1.0, metadata=_help("Temperature of sampling."))
+    top_p: float = field(default=1.0, metadata=_help("Nucleus of sampling; 1 is everything."))
+    top_k: int = field(default=0, metadata=_help("Sample among so many tokens; 0 is all."))
+    use_vllm: bool = field(default=False, metadata=_help("Sample with vLLM, in one process."))
+    prompts_per_chunk: int = field(
+        default=8, metadata=_help("Prompts that are sampled at once, and lost at most when killed.")
+    )
+    monitor_prompts: int = field(default=64, metadata=_help("Prompts of the stability report."))
+    monitor_samples: int = field(default=4, metadata=_help("Completions for each of them, at least 2."))
+    entropy_floor: float = field(
+        default=0.1, metadata=_help("Stop below this share of the entropy of pi_0. 0 never stops.")
+    )
+    keep_rounds: int | None = field(
+        default=None,
+        metadata=_help("Keep data and models of so many last rounds, and of the best one. If `None`, all."),
+    )
+
+    def __post_init__(self):
+        require_choice("method", self.method, list(METHODS))
+        require_choice("pair_selection", self.pair_selection, list(SELECTIONS))
+        for name in ("reference_mix", "sampling_mix"):
+            value = getattr(self, name)
+            if value is not None and value != 1:
+                require_in_range(name, value, 0, 1, "a number in [0, 1]", low_included=True)
+        for name, low in (
+            *((name, 1) for name in ("rounds", "max_completion_length", "prompts_per_chunk", "monitor_prompts")),
+            *((name, 2) for name in ("samples_per_prompt", "monitor_samples")),
+            ("top_k", 0),
+        ):
+            self._require_whole(name, low)
+        for name in ("prompts_per_round", "keep_rounds"):
+            if getattr(self, name) is not None:
+                self._require_whole(name, 1)
+        require_in_range("reward_gap", self.reward_gap, 0, math.inf, "a number >= 0", low_included=True)
+        if self.reward_gap and self.pair_selection != "rejection":
+            raise ValueError(
+                f"`reward_gap={self.reward_gap}` has no effect with `pair_selection={self.pair_selection!r}`. Set it "
+                "to 0 or use `pair_selection='rejection'`."
+            )
+        require_in_range("temperature", self.temperature, 0, math.inf, "a positive number")
+        if self.top_p != 1:
+            require_in_range("top_p", self.top_p, 0, 1, "a number in (0, 1]")
+        require_in_range("entropy_floor", self.entropy_floor, 0, 1, "a number in [0, 1)", low_included=True)
+        self._validate_judge()
+        if self.use_vllm and importlib.util.find_spec("vllm") is None:
+            raise ValueError("`use_vllm=True` needs vLLM: `pip install vllm`, or set `use_vllm=False`.")
+
+    def _require_whole(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"`{name}` must be a whole number >= {low}, got {value!r}.")
+
+    def _validate_judge(self) -> None:
+        given = [name for name in ("reward_funcs", "preference_func", "labelled_file") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                "Set one of `reward_funcs`, `preference_func` and `labelled_file`, which judge the completions; got "
+                f"{' and '.join(given) or 'none'}."
+            )
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs or []):
+            raise ValueError(
+                f"`reward_weights` must have a weight for each of the {len(self.reward_funcs or [])} `reward_funcs`, "
+                f"got {len(self.reward_weights)}."
+            )
+
+    # Together with the training options
+
+    @property
+    def a(self) -> float:
+        return DEFAULT_REFERENCE_MIX if self.reference_mix is None else self.reference_mix
+
+    def validate_with(self, args: Any) -> None:
+        """Refuse training options that do not go with the loop, before anything is loaded."""
+        if args.loss_type == "kto":
+            raise ValueError(
+                "`loss_type='kto'` is not offered in the loop: its KL term needs reference log-probabilities of "
+                "completions under other prompts. Use `apo_zero_unpaired`, `rdro` or `ddro`."
+            )
+        if needs_distribution(args):
+            self._validate_distribution(args)
+        if getattr(args, "ld_alpha", None) is not None:
+            raise ValueError(
+                f"`ld_alpha={args.ld_alpha}` cannot be combined with the loop: its reference log-probabilities count "
+                "all tokens. Set `ld_alpha=None`."
+            )
+        if args.eval_strategy != "no":
+            raise ValueError(
+                f"`eval_strategy={str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r}` has no data here: "
+                "each round is evaluated by its report. Set `eval_strategy: no`."
+            )
+        if args.push_to_hub:
+            raise ValueError(
+                "`push_to_hub=True` would upload every round. Set it to False and upload `final` of the output "
+                "directory."
+            )
+        if args.max_length is not None and args.max_length <= self.max_completion_length:
+            raise ValueError(
+                f"`max_length` must leave room for a prompt beside `max_completion_length="
+                f"{self.max_completion_length}`, got {args.max_length}. Raise it or lower the other."
+            )
+        plugin = getattr(args, "deepspeed_plugin", None)
+        if args.fsdp or (plugin is not None and plugin.zero_stage == 3):
+            raise ValueError(
+                f"Sampling needs the whole model on each GPU, which {'FSDP' if args.fsdp else 'ZeRO-3'} shards. Use "
+                "DDP, ZeRO-1 or ZeRO-2, with QLoRA where memory is short."
+            )
+        if self.use_vllm and args.world_size > 1:
+            raise ValueError(
+                f"`use_vllm=True` samples in one process, got {args.world_size}. Start one, or sample without vLLM."
+            )
+
+    def _validate_distribution(self, args: Any) -> None:
+        loss = args.loss_type if isinstance(args.loss_type, str) else " and ".join(args.loss_type)
+        if self.reference_mix is not None:
+            raise ValueError(
+                f"`reference_mix={self.reference_mix}` cannot be combined with {loss}: the constant of the geometric "
+                "mixture does not cancel in it, and its reference is the sampling distribution. Leave it None and set "
+                "`sampling_mix`."
+            )
+        changed = [f"{name}={value}" for name, value, default in self._sampling() if value != default]
+        if changed:
+            raise ValueError(
+                f"`{'`, `'.join(changed)}` cannot be combined with {loss}, whose reference must be the distribution "
+                "that was sampled from. Leave temperature, top_p and top_k at 1, 1 and 0."
+            )
+
+    def _sampling(self) -> tuple[tuple[str, float, float], ...]:
+        return ("temperature", self.temperature, 1), ("top_p", self.top_p, 1), ("top_k", self.top_k, 0)
+
+    def guaranteed_margin(self, args: Any) -> float | None:
+        """The stability margin with the worst judge there can be, or None for losses without the constant b."""
+        strength = None if needs_distribution(args) else loss_strength(args, self.max_completion_length)
+        if strength is None:
+            return None
+        return stability_margin(self.a, strength, self.sampling_mix, largest_norm(self.samples_per_prompt))

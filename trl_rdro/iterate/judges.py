@@ -1,0 +1,190 @@
+"""
+Who says which completion is better: reward functions, a preference function, or a file of labels.
+
+A judge compares two completions of a prompt by the probability that the first wins; one that gives rewards also scores
+single completions. Prompts are rows of the data set, whose other columns go to the functions as keyword arguments.
+"""
+
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..trainers.dataset_checks import first_example
+from .config import IterateConfig
+from .files import Row, read_rows
+
+
+class MissingLabels(ValueError):
+    """The labelled file lacks these rows."""
+
+    def __init__(self, rows: list[Row]):
+        super().__init__(f"{len(rows)} rows have no label")
+        self.rows = rows
+
+
+class Judge:
+    """Compares completions. `gives_rewards` tells whether it also scores them."""
+
+    gives_rewards = True
+
+    def rewards(self, rows: Sequence[Row], completions: Sequence[str]) -> list[float]:
+        """The reward of each completion; `rows` has its prompt's row."""
+        raise NotImplementedError
+
+    def preferences(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        """The probability that each of `first` beats its counterpart in `second`."""
+        pairs = zip(self.rewards(rows, first), self.rewards(rows, second), strict=True)
+        return [0.5 if a == b else float(a > b) for a, b in pairs]
+
+
+class RewardFunctions(Judge):
+    """The weighted sum of reward functions with TRL's signature."""
+
+    def __init__(self, functions: Sequence[Callable[..., list[float]]], weights: Sequence[float] | None):
+        self.functions = functions
+        self.weights = [1.0] * len(functions) if weights is None else weights
+
+    def rewards(self, rows, completions):
+        totals = [0.0] * len(completions)
+        arguments = {**_columns(rows), "completions": _as_messages(rows, completions)}
+        for function, weight in zip(self.functions, self.weights, strict=True):
+            values = _checked(function, function(prompts=[row["prompt"] for row in rows], **arguments), len(rows))
+            totals = [total + weight * value for total, value in zip(totals, values, strict=True)]
+        return totals
+
+
+class PreferenceFunction(Judge):
+    gives_rewards = False
+
+    def __init__(self, function: Callable[..., list[float]]):
+        self.function = function
+
+    def preferences(self, rows, first, second):
+        prompts = [row["prompt"] for row in rows]
+        values = self.function(
+            prompts=prompts, first=_as_messages(rows, first), second=_as_messages(rows, second), **_columns(rows)
+        )
+        values = _checked(self.function, values, len(rows))
+        if bad := [value for value in values if not 0 <= value <= 1]:
+            raise ValueError(f"`{_name(self.function)}` must return probabilities in [0, 1], got {bad[0]!r}.")
+        return values
+
+
+class LabelledScores(Judge):
+    """Scores looked up in rows of prompt, completion, score; the mean where there are several."""
+
+    def __init__(self, rows: list[Row]):
+        self.labels = _collect((_key(row["prompt"], row["completion"]), float(row["score"])) for row in rows)
+
+    def rewards(self, rows, completions):
+        wanted = [_key(row["prompt"], text) for row, text in zip(rows, completions, strict=True)]
+        missing = {
+            key: {"prompt": row["prompt"], "completion": text, "score": None}
+            for key, row, text in zip(wanted, rows, completions, strict=True)
+            if key not in self.labels
+        }
+        if missing:
+            raise MissingLabels(list(missing.values()))
+        return [self.labels[key] for key in wanted]
+
+
+class LabelledPairs(Judge):
+    """Shares of wins looked up in rows of prompt, chosen, rejected."""
+
+    gives_rewards = False
+
+    def __init__(self, rows: list[Row]):
+        wins = [(_key(row["prompt"], row["chosen"], row["rejected"]), 1.0) for row in rows]
+        losses = [(_key(row["prompt"], row["rejected"], row["chosen"]), 0.0) for row in rows]
+        self.labels = _collect([*wins, *losses])
+
+    def preferences(self, rows, first, second):
+        triples = list(zip(rows, first, second, strict=True))
+        missing = {
+            _key(row["prompt"], a, b): {"prompt": row["prompt"], "chosen": a, "rejected": b}
+            for row, a, b in triples
+            if a != b and _key(row["prompt"], a, b) not in self.labels
+        }
+        if missing:
+            raise MissingLabels(list(missing.values()))
+        return [0.5 if a == b else self.labels[_key(row["prompt"], a, b)] for row, a, b in triples]
+
+
+def make_judge(config: IterateConfig) -> Judge:
+    """The judge that the configuration names. Raises `ValueError` for what cannot be found."""
+    if config.reward_funcs:
+        return RewardFunctions([load_function(path) for path in config.reward_funcs], config.reward_weights)
+    if config.preference_func:
+        return PreferenceFunction(load_function(config.preference_func))
+    path = Path(config.labelled_file)
+    if not path.is_file():
+        raise ValueError(f"`labelled_file` must be a file of JSON lines, and {path} is not a file.")
+    rows = read_rows(path)
+    columns = set(first_example(rows, "labelled_file"))
+    if {"prompt", "completion", "score"} <= columns:
+        return LabelledScores(rows)
+    if {"prompt", "chosen", "rejected"} <= columns:
+        return LabelledPairs(rows)
+    raise ValueError(
+        "`labelled_file` must have the columns prompt, completion, score or prompt, chosen, rejected; it has "
+        f"{', '.join(sorted(columns))}."
+    )
+
+
+def load_function(path: str) -> Callable[..., list[float]]:
+    """Import `package.module.function`; as in TRL's GRPO script, the working directory is searched first."""
+    module, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"Cannot import the function {path!r} (`package.module.function`): {error}.") from error
+    if not callable(function):
+        raise ValueError(f"{path!r} must be a function, got {type(function).__name__}.")
+    return function
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """The columns besides the prompt, as TRL passes them to reward functions."""
+    return {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")} if rows else {}
+
+
+def _as_messages(rows: Sequence[Row], completions: Sequence[str]) -> list[Any]:
+    """Completions in the format of their prompts: text, or a conversation of one message."""
+    return [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        for row, text in zip(rows, completions, strict=True)
+    ]
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _checked(function: Callable, values: Any, expected: int) -> list[float]:
+    values = list(values)
+    if len(values) != expected:
+        raise ValueError(f"`{_name(function)}` must return {expected} values, one for each, got {len(values)}.")
+    for value in values:
+        if value is None or not math.isfinite(value):
+            raise ValueError(f"`{_name(function)}` must return finite numbers, got {value!r}.")
+    return [float(value) for value in values]
+
+
+def _key(*parts: Any) -> str:
+    """Prompt and completions as one string; a conversation of one answer is that answer's text."""
+    prompt, *completions = parts
+    return json.dumps([prompt, *(text if isinstance(text, str) else text[-1]["content"] for text in completions)])
+
+
+def _collect(labels: Any) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for key, value in labels:
+        values.setdefault(key, []).append(value)
+    return {key: sum(several) / len(several) for key, several in values.items()}

@@ -1,0 +1,86 @@
+"""From the completions of a prompt and what the judge says of them to pairs of a better and a worse one."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .config import IterateConfig
+from .files import Row
+from .judges import Judge
+
+
+@dataclass
+class Judged:
+    """What a judge says of the completions of one prompt.
+
+    Attributes:
+        distinct: the distinct texts; equal completions are one response.
+        response: for each completion the index of its text.
+        scores: of the distinct texts: rewards, or the mean probability of beating the prompt's completions.
+        preferences: P_ij, the probability that text i beats text j.
+    """
+
+    distinct: list[str]
+    response: list[int]
+    scores: list[float]
+    preferences: list[list[float]]
+
+
+def judge_prompts(judge: Judge, rows: Sequence[Row], groups: Sequence[Sequence[str]]) -> list[Judged]:
+    """Judge the completions of several prompts in one call."""
+    distinct = [list(dict.fromkeys(group)) for group in groups]
+    flat = [(row, text) for row, texts in zip(rows, distinct, strict=True) for text in texts]
+    rewards = iter(judge.rewards(*zip(*flat, strict=True)) if judge.gives_rewards else ())
+    results = []
+    for texts, group in zip(distinct, groups, strict=True):
+        scores = [next(rewards) for _ in texts] if judge.gives_rewards else []
+        preferences = [[0.5 if a == b else float(a > b) for b in scores] for a in scores]
+        results.append(Judged(texts, [texts.index(text) for text in group], scores, preferences))
+    if not judge.gives_rewards:
+        _compare(judge, rows, results)
+    return results
+
+
+def _compare(judge: Judge, rows: Sequence[Row], results: list[Judged]) -> None:
+    """Ask for each pair of distinct texts once, the earlier one first."""
+    pairs = [
+        (row, result.distinct[i], result.distinct[j])
+        for row, result in zip(rows, results, strict=True)
+        for i, j in itertools.combinations(range(len(result.distinct)), 2)
+    ]
+    answers = iter(judge.preferences(*zip(*pairs, strict=True)) if pairs else ())
+    for result in results:
+        size = len(result.distinct)
+        result.preferences = [[0.5] * size for _ in range(size)]
+        for i, j in itertools.combinations(range(size), 2):
+            probability = next(answers)
+            result.preferences[i][j], result.preferences[j][i] = probability, 1 - probability
+        result.scores = [sum(line[j] for j in result.response) / len(result.response) for line in result.preferences]
+
+
+def select_pairs(judged: Judged, config: IterateConfig, gives_rewards: bool, seed: str) -> list[tuple[int, int]]:
+    """Pairs of indices into the prompt's completions, (better, worse). Equal texts and equal rewards make no pair."""
+    scores = [judged.scores[i] for i in judged.response]
+    if config.pair_selection == "best_vs_worst":
+        order = sorted(range(len(scores)), key=scores.__getitem__)
+        best, worst = order[-1], order[0]
+        return [(best, worst)] if scores[best] > scores[worst] else []
+    if config.pair_selection == "rejection":
+        pairs = itertools.permutations(range(len(scores)), 2)
+        return [(i, j) for i, j in pairs if scores[i] - scores[j] > config.reward_gap]
+    return _random_pairs(judged, gives_rewards, random.Random(seed))
+
+
+def _random_pairs(judged: Judged, gives_rewards: bool, rng: random.Random) -> list[tuple[int, int]]:
+    """Disjoint pairs; the winner is drawn with the judge's probability, as a judge of one mind at a time would say."""
+    order = list(range(len(judged.response)))
+    rng.shuffle(order)
+    pairs = []
+    for i, j in zip(order[::2], order[1::2], strict=False):
+        first, second = judged.response[i], judged.response[j]
+        is_tie = first == second or (gives_rewards and judged.scores[first] == judged.scores[second])
+        first_wins = rng.random() < judged.preferences[first][second]
+        if not is_tie:
+            pairs.append((i, j) if first_wins else (j, i))
+    return pairs
