@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.trainer_callback import TrainerState
+from trl.kernels import ChunkedLogProbFunction
 
 from trl_rdro import DPOConfig, DPOTrainer
 from trl_rdro.trainers.input_gradient import FiniteDifferenceStep
@@ -171,6 +172,22 @@ def test_two_forwards_a_training_step_one_in_evaluation(models, tmp_path):
     with torch.no_grad():
         trainer.compute_loss(trainer.model.eval(), batch)
     assert rows == [8, 16, 8]
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_pass_to_the_embeddings_computes_no_weight_gradient_of_the_head(models, tmp_path, monkeypatch, tie):
+    """TRL's head would compute it although nothing asks for it."""
+    trainer = make_trainer(models["qwen2", tie], tmp_path)
+    asked, backward = [], ChunkedLogProbFunction.backward
+
+    def recording(ctx, *gradients):
+        asked.append(ctx.needs_input_grad[1])
+        return backward(ctx, *gradients)
+
+    monkeypatch.setattr(ChunkedLogProbFunction, "backward", staticmethod(recording))
+    _, found = trained_gradients(trainer, next(iter(trainer.get_train_dataloader())))
+    assert asked == [False, True]
+    assert len(found) == len(list(trainer.model.parameters()))
 
 
 def test_bfloat16(models, tmp_path):

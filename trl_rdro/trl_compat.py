@@ -258,6 +258,21 @@ def non_reentrant_checkpointing(trainer: trl.DPOTrainer):
             trainer.model.gradient_checkpointing_enable(kwargs)
 
 
+@contextmanager
+def frozen_head(model: torch.nn.Module):
+    """For gradients with respect to inputs. TRL's fused head is one autograd function, which is not told which
+    gradients are asked for, and would compute that of its weight too."""
+    weight = model.get_output_embeddings().weight
+    # FSDP2 remembers from a parameter's first use whether it is trained; ZeRO-3 (`ds_id`) is left alone as well
+    sharded = isinstance(model, FSDPModule) or hasattr(weight, "ds_id")
+    trained = weight.requires_grad
+    weight.requires_grad_(trained and sharded)
+    try:
+        yield
+    finally:
+        weight.requires_grad_(trained)
+
+
 def input_embeddings(trainer: trl.DPOTrainer) -> torch.nn.Module:
     """The module whose output is what WDPO perturbs."""
     model = trainer.accelerator.unwrap_model(trainer.model)

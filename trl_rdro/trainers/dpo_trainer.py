@@ -63,6 +63,7 @@ class DPOTrainer(Safeguards, trl.DPOTrainer):
         if "wdpo" in ours and example.keys() & {"image", "images"}:
             raise ValueError("`wdpo` perturbs text embeddings and is not defined for image data.")
         self._ours = ours
+        self._unwrapped_of = None, None
         describe_in_model_card(self, ours)
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
         self._set_up_safeguards(given_reference=ref_model is not None)
@@ -190,9 +191,8 @@ class DPOTrainer(Safeguards, trl.DPOTrainer):
         def pair_loss(log_probs):
             return self._inner_loss(self._logratios(log_probs, inputs, ref_logps), inputs)
 
-        embedding = trl_compat.input_embeddings(self)
-        bare_model = self.accelerator.unwrap_model(model)  # no gradient is to be reduced for this forward
-        with trl_compat.non_reentrant_checkpointing(self):
+        bare_model, embedding = self._unwrapped(model)  # bare: no gradient is to be reduced for its forward
+        with trl_compat.non_reentrant_checkpointing(self), trl_compat.frozen_head(bare_model):
             outputs, gradient = input_gradient(
                 lambda: trl_compat.policy_forward(self, bare_model, inputs),
                 embedding,
@@ -213,6 +213,14 @@ class DPOTrainer(Safeguards, trl.DPOTrainer):
         outputs.log_probs = _value_and_gradient(outputs.log_probs, log_probs)
         outputs.aux_loss = perturbed.aux_loss
         return outputs, _value_and_gradient(gradient.norms, slopes)
+
+    def _unwrapped(self, model) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """The model without its wrappers, and its input embeddings. Looked up once for each wrapper: accelerate looks
+        for installed packages on the disk every time."""
+        if self._unwrapped_of[0] is not model:
+            unwrapped = self.accelerator.unwrap_model(model), trl_compat.input_embeddings(self)
+            self._unwrapped_of = model, unwrapped
+        return self._unwrapped_of[1]
 
     def _is_penalised(self, index: int) -> bool:
         """Whether WDPO's penalty is computed on the micro-batch of this index in the present optimiser step."""
