@@ -27,7 +27,7 @@ DEMO_STAMP  := $(VENV)/.installed-demo
 MODEL_STAMP := $(VENV)/.installed-demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -44,6 +44,12 @@ demo: $(DEMO_STAMP) $(if $(MODEL),,$(MODEL_STAMP))  ## train a language model on
 # One process per core and one thread per process: the models are tiny, and importing TRL is most of a worker's life.
 test: $(TEST_STAMP)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+# One thread: the ratios of two programs are the steadier for it. The allocator keeps what it was given, or else page
+# faults are a good part of the time.
+bench: $(TEST_STAMP)  ## time and memory beside stock TRL, as a table; BENCH_ARGS="--size ci" for a glance
+	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 \
+		$(BIN)/python scripts/bench.py $(BENCH_ARGS)
 
 lint: $(TEST_STAMP)  ## check style
 	$(RUFF) check --quiet .
