@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,6 +43,7 @@ from bench_runs import (  # noqa: E402
     peak_bytes,
     quiet,
 )
+from machine import processor_name  # noqa: E402
 from smollm2 import MODEL_DIR  # noqa: E402
 
 
@@ -411,17 +411,7 @@ def environment() -> list[str]:
 def device() -> str:
     if CUDA:
         return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} cores of {cpu_name()}, no GPU"
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return f"{os.cpu_count()} cores of {processor_name()}, no GPU"
 
 
 def main() -> int:

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import trl_rdro  # noqa: E402
+from tests.profiling import profiled_peak  # noqa: E402
 from tests.tiny import tiny_qwen2, tiny_tokenizer  # noqa: E402
 from trl_rdro import trl_compat  # noqa: E402
 from trl_rdro.trainers.input_gradient import hooked  # noqa: E402
@@ -290,17 +291,6 @@ def peak_bytes(run: Run, steps: int = 2) -> int:
             with record_function("training"):
                 trainer.train()
         return profiled_peak(profiler)
-
-
-def profiled_peak(profiler: profile) -> int:
-    events = profiler.profiler.kineto_results.events()
-    begin = next(event.start_ns() for event in events if event.name() == "training")
-    alive = peak = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        if event.start_ns() >= begin:
-            peak = max(peak, alive)
-    return peak
 
 
 def largest_batch(run: Run, most: int = 512) -> int:

@@ -13,7 +13,6 @@ after; the figures, the curves and the adapter go to `--output_dir`.
 import argparse
 import json
 import math
-import platform
 import random
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +23,7 @@ import peft
 import torch
 import transformers
 import trl
+from machine import processor_name
 from smollm2 import MODEL_NAME, model_directory
 from tqdm import tqdm
 from transformers.trainer_callback import ProgressCallback
@@ -125,10 +125,7 @@ def log_entry(step, values):
 def hardware():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def main():

@@ -22,6 +22,7 @@ from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl_rdro.cli import main
 from trl_rdro.estimate import GIB, Run, estimate, knobs, read_shape, savings
 
+from .profiling import profiled_peak
 from .tiny import cpu_args, save_tiny, tiny_qwen2, tiny_tokenizer
 
 
@@ -164,14 +165,7 @@ def peak_bytes(action) -> int:
     gc.collect()  # what an earlier trainer has left would be freed, and subtracted, in between
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         action()
-    events = profiler.profiler.kineto_results.events()
-    begin = next(event.start_ns() for event in events if event.name() == "training")
-    alive = peak = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        if event.start_ns() >= begin:
-            peak = max(peak, alive)
-    return peak
+    return profiled_peak(profiler)
 
 
 def shape_of(model: dict, run: Run):

@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -35,6 +34,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the other scripts
 
+from machine import processor_name  # noqa: E402
 from smollm2 import MODEL_NAME  # noqa: E402
 
 
@@ -245,13 +245,10 @@ def provenance() -> Row:
 
     import trl_rdro
 
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     modules = (trl_rdro, trl, transformers, datasets, torch)
     return {
-        "hardware": gpu or f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, no GPU",
+        "hardware": gpu or f"{processor_name()}, {os.cpu_count()} cores, no GPU",
         "versions": {module.__name__: module.__version__ for module in modules},
         "date": datetime.now(UTC).date().isoformat(),
     }
