@@ -34,9 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import trl_rdro  # noqa: E402
-from tests.profiling import profiled_peak  # noqa: E402
 from tests.tiny import tiny_qwen2, tiny_tokenizer  # noqa: E402
-from trl_rdro import trl_compat  # noqa: E402
+from tests.tools.profiling import profiled_peak  # noqa: E402
+from trl_rdro.compat import trl as trl_compat  # noqa: E402
 from trl_rdro.trainers.input_gradient import hooked  # noqa: E402
 
 

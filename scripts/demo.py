@@ -29,9 +29,10 @@ from tqdm import tqdm
 from transformers.trainer_callback import ProgressCallback
 
 import trl_rdro
-from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, trl_compat
-from trl_rdro.plotting import plot_log_history
+from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl_rdro.compat import trl as trl_compat
 from trl_rdro.quickstart import load_quickstart
+from trl_rdro.tools.plotting import plot_log_history
 
 
 @dataclass

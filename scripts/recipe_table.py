@@ -31,7 +31,7 @@ def read_header(path: Path) -> dict[str, str]:
 def memory_line(path: Path, configs: Path) -> str:
     """What the header of a recipe says about its memory."""
     from trl_rdro.cli.estimate import read_run
-    from trl_rdro.estimate import GIB, estimate
+    from trl_rdro.tools.memory import GIB, estimate
 
     header = read_header(path)
     accelerate = header["accelerate"]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from trl_rdro.plotting import plot_log_history
 from trl_rdro.quickstart import QUICKSTART_DIR, load_quickstart
+from trl_rdro.tools.plotting import plot_log_history
 
 from .tiny import save_tiny
 
@@ -216,7 +216,7 @@ class TestPlot:
         assert is_png(path)
 
     def test_every_logged_point_is_drawn(self, tmp_path, monkeypatch):
-        import trl_rdro.plotting as plotting
+        import trl_rdro.tools.plotting as plotting
 
         figures = []
 
@@ -244,7 +244,7 @@ class TestPlot:
         assert len(accuracy.lines) == 3
 
     def test_a_panel_without_data_says_so(self, tmp_path, monkeypatch):
-        import trl_rdro.plotting as plotting
+        import trl_rdro.tools.plotting as plotting
 
         figures = []
         subplots = plotting.Figure.subplots

@@ -25,8 +25,10 @@ from smollm2 import MODEL_NAME, model_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabulary import cut_vocabulary
 
-from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, scoring, trl_compat
+from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl_rdro.compat import trl as trl_compat
 from trl_rdro.quickstart import load_quickstart
+from trl_rdro.tools import scoring
 
 
 SIDES = ("chosen", "rejected")

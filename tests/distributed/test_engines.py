@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_rdro import trl_compat
+from trl_rdro.compat import engines
 
 from .matrix import CELLS, ENGINES, SPLIT_ENGINES, Cell, errors, split_cells, tolerances
 
@@ -63,4 +63,4 @@ def test_central_difference(launches, engine, cell):
 def test_wdpo_refuses_fsdp1():
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
     with pytest.raises(ValueError, match="`wdpo` does not run with FSDP1.* Use FSDP2"):
-        trl_compat.refuse_fsdp1(accelerator, "wdpo")
+        engines.refuse_fsdp1(accelerator, "wdpo")

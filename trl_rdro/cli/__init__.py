@@ -25,7 +25,7 @@ def kto(argv: list[str]) -> int:
 
 
 def run_inspect(argv: list[str]) -> int:
-    from .inspect_data import main
+    from .inspect import main
 
     return main(argv)
 

@@ -1,7 +1,7 @@
 """
 `trl-rdro dynamics`: whether a loop of sampling, judging and training will settle, circle or collapse.
 
-What to consult before choosing a, lam and b of an iterated run. No model is involved; see `trl_rdro.dynamics`.
+What to consult before choosing a, lam and b of an iterated run. No model is involved; see `trl_rdro.iterate.dynamics`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import dynamics
+from ..iterate import dynamics
 from .errors import UserError, user_error
 
 
@@ -192,7 +192,7 @@ def main(argv: list[str]) -> int:
         with user_error(OSError):
             Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     if args.plot is not None:
-        from ..phase_plot import plot_phase_diagram
+        from ..iterate.phase_plot import plot_phase_diagram
 
         most = 2 * args.b * args.lam if args.plot_max is None else args.plot_max
         a, b_lam = np.linspace(0, 1, GRID), np.linspace(0, most, GRID)

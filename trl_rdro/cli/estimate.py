@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoConfig
 from trl.trainer.utils import get_peft_config
 
-from ..estimate import CARDS, GIB, RESERVE, Run, Shape, as_dict, estimate, read_shape, savings, trainable
+from ..tools.memory import CARDS, GIB, RESERVE, Run, Shape, as_dict, estimate, read_shape, savings, trainable
 from .errors import UserError, user_error
 from .launch import accelerate_config_file
 from .train import parse

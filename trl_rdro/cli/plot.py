@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"the output is a PNG: give --output a name that ends in .png, not {args.output}")
     histories = dict(zip(labels(args.runs), map(log_history, args.runs), strict=False))
 
-    from ..plotting import MORE_PANELS, PANELS, logged_metrics, plot_run
+    from ..tools.plotting import MORE_PANELS, PANELS, logged_metrics, plot_run
 
     drawable = {metric for metrics in (PANELS | MORE_PANELS).values() for metric in metrics}
     for name, history in histories.items():

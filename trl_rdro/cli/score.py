@@ -2,7 +2,7 @@
 `trl-rdro score`: what a model prefers, on any preference file, without a judge.
 
 Scores each completion by its log-ratio to a reference model, the implicit reward up to beta, and reports accuracy and
-margin of pairs, or the classes of labelled completions, overall and per value of a column. See `trl_rdro.scoring`.
+margin of pairs, or the classes of labelled completions, overall and per value of a column (`trl_rdro.tools.scoring`).
 """
 
 import argparse
@@ -97,7 +97,7 @@ def load_rows(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def load_model(name: str, args: argparse.Namespace) -> Any:
-    from .. import scoring
+    from ..tools import scoring
 
     where = "" if Path(name).exists() else " (not a local directory, and not found on the hub)"
     with user_error(OSError, ValueError, ImportError, prefix=f"cannot load the model {name}{where}: "):
@@ -108,7 +108,7 @@ def compute(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is printed and written."""
     dataset, split = load_rows(args)
 
-    from .. import scoring
+    from ..tools import scoring
 
     policy = load_model(args.model, args)
     with user_error(Exception, prefix="TRL cannot prepare these rows: "):

@@ -235,7 +235,7 @@ def main(method: str, argv: list[str] | None = None) -> int:
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Training completed, model saved to {training_args.output_dir}")
     if training_args.plot and trainer.is_world_process_zero():
-        from trl_rdro.plotting import plot_run
+        from trl_rdro.tools.plotting import plot_run
 
         print(f"Curves in {plot_run(trainer.state.log_history, Path(training_args.output_dir) / 'curves.png')}")
     if training_args.push_to_hub:

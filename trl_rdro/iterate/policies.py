@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from trl import get_peft_config, get_quantization_config
 
-from .. import trl_compat
+from ..compat import trl as trl_compat
 
 
 class Policies:

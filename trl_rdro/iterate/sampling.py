@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from transformers import GenerationConfig
 
-from .. import trl_compat
+from ..compat import trl as trl_compat
 from .config import IterateConfig
 from .files import Row, read_json, write_json, write_rows
 from .policies import Policies

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from .. import losses, papers
+from .. import losses
 from ..configs.density_ratio_config import DensityRatioConfig
+from ..losses import papers
 
 
 # Where a micro-batch carries what was computed for its whole optimiser step

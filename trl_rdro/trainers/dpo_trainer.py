@@ -5,7 +5,9 @@ from typing import Any
 import torch
 import trl
 
-from .. import losses, trl_compat
+from .. import losses
+from ..compat import engines
+from ..compat import trl as trl_compat
 from ..configs.density_ratio_config import DENSITY_RATIO_LOSSES
 from ..configs.dpo_config import OUR_DPO_LOSSES, DPOConfig
 from .common import (
@@ -68,7 +70,7 @@ class DPOTrainer(Safeguards, trl.DPOTrainer):
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
         self._set_up_safeguards(given_reference=ref_model is not None)
         if "wdpo" in ours:
-            trl_compat.refuse_fsdp1(self.accelerator, "wdpo")
+            engines.refuse_fsdp1(self.accelerator, "wdpo")
             self.add_callback(FiniteDifferenceStep)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -151,7 +153,7 @@ class DPOTrainer(Safeguards, trl.DPOTrainer):
         model = self.model_wrapped
         model.train()  # as in the training step that follows
         pair_losses = []
-        with trl_compat.without_checkpointing(self), self.compute_loss_context_manager():
+        with engines.without_checkpointing(self), self.compute_loss_context_manager():
             for batch in batch_samples:
                 inputs = self._prepare_inputs({key: value for key, value in batch.items() if key != STEP_KEY})
                 ref_logps = trl_compat.pair_reference_logps(self, inputs)
@@ -192,7 +194,7 @@ class DPOTrainer(Safeguards, trl.DPOTrainer):
             return self._inner_loss(self._logratios(log_probs, inputs, ref_logps), inputs)
 
         bare_model, embedding = self._unwrapped(model)  # bare: no gradient is to be reduced for its forward
-        with trl_compat.non_reentrant_checkpointing(self), trl_compat.frozen_head(bare_model):
+        with engines.non_reentrant_checkpointing(self), engines.frozen_head(bare_model):
             outputs, gradient = input_gradient(
                 lambda: trl_compat.policy_forward(self, bare_model, inputs),
                 embedding,

@@ -6,7 +6,8 @@ import torch
 import trl
 from datasets import Dataset, IterableDataset
 
-from .. import losses, trl_compat
+from .. import losses
+from ..compat import trl as trl_compat
 from ..configs.density_ratio_config import DENSITY_RATIO_LOSSES
 from ..configs.kto_config import KTOConfig
 from ..log import get_logger

@@ -10,7 +10,8 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import trl_compat
+from ..compat import engines
+from ..compat import trl as trl_compat
 from ..log import get_logger
 from .guard_rails import GuardRails
 
@@ -49,7 +50,7 @@ class Safeguards:
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         if self._ours:
-            trl_compat.full_precision_outputs(self.accelerator)
+            engines.full_precision_outputs(self.accelerator)
 
     # Metrics
 

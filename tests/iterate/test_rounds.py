@@ -1,0 +1,417 @@
+"""The loop with tiny models in this process, and the command around it."""
+
+import gc
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from transformers import PreTrainedModel
+
+from trl_rdro.cli import iterate, main
+from trl_rdro.iterate import rounds, sampling
+from trl_rdro.iterate.judges import LabelledScores, RewardFunctions
+from trl_rdro.iterate.policies import Policies
+from trl_rdro.iterate.references import geometric, linear
+from trl_rdro.iterate.rewards import positivity
+
+from ..tiny import cpu_args, save_tiny, tiny_preferences
+from .worker import make_loop, vowels
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(output: Path, folder: str = "final") -> bytes:
+    return (output / folder / "adapter_model.safetensors").read_bytes()
+
+
+# Sampling
+
+
+def test_a_completion_ends_with_its_end_token():
+    assert sampling.until_end([5, 6, 2, 7, 2], {2, 9}) == [5, 6, 2]
+    assert sampling.until_end([5, 9, 2], {2, 9}) == [5, 9]
+    assert sampling.until_end([5, 6], {2, 9}) == [5, 6]
+
+
+def test_log_probabilities_are_those_of_sampling(model):
+    """Draws of one token from one prompt come as often as their log-probability says."""
+    loop = make_loop(model, "unused")
+    prompt = loop.prompts[0].ids
+    with loop.policies.use(None) as policy:
+        completions = sampling.draw(policy, [prompt] * 4000, sampling.Generation(1), {2}, 0, seed=1)
+        vocabulary = [[token] for token in range(policy.config.vocab_size)]
+        logps = np.array(sampling.completion_logps(policy, [(prompt, token) for token in vocabulary], 0))
+        again = sampling.draw(policy, [prompt] * 4000, sampling.Generation(1), {2}, 0, seed=1)
+        one = sampling.draw(policy, [prompt] * 50, sampling.Generation(1, top_k=1), {2}, 0, seed=1)
+        cold = sampling.draw(policy, [prompt] * 50, sampling.Generation(1, temperature=0.001), {2}, 0, seed=1)
+        nucleus = sampling.draw(policy, [prompt] * 50, sampling.Generation(1, top_p=0.001), {2}, 0, seed=1)
+    assert again == completions
+    assert np.exp(logps).sum() == pytest.approx(1, abs=1e-4)
+    counts = np.bincount([ids[0] for ids in completions], minlength=len(vocabulary))
+    expected = 4000 * np.exp(logps)
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi_squared - len(vocabulary)) < 5 * math.sqrt(2 * len(vocabulary))
+    assert one == cold == nucleus == [[int(logps.argmax())]] * 50
+
+
+def test_scores_do_not_depend_on_padding(model):
+    loop = make_loop(model, "unused")
+    pairs = [(prompt.ids, prompt.ids[: 2 + i]) for i, prompt in enumerate(loop.prompts[:4])]
+    with loop.policies.use(None) as policy:
+        together = sampling.completion_logps(policy, pairs, pad_token=0)
+        alone = [sampling.completion_logps(policy, [pair], pad_token=0)[0] for pair in pairs]
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+# Rounds
+
+
+@pytest.fixture(scope="module")
+def two_rounds(model, tmp_path_factory) -> Path:
+    """A run with a = 1, so that the reference is the policy that the round starts from."""
+    output = tmp_path_factory.mktemp("two")
+    make_loop(model, output, reference_mix=1.0, keep_rounds=2).run()
+    return output
+
+
+def test_samples_come_from_both_policies(two_rounds):
+    first, second = (rows_of(two_rounds / f"round_{i:03d}" / "samples.jsonl") for i in range(2))
+    assert not any(coin for row in first for coin in row["from_policy"])
+    share = np.mean([row["from_policy"] for row in second])
+    assert abs(share - 0.5) < 5 * math.sqrt(0.25 / 40)
+    assert all(row["policy_logps"] == row["base_logps"] for row in first)
+    differences = np.array([np.subtract(row["policy_logps"], row["base_logps"]) for row in second])
+    coins = np.array([row["from_policy"] for row in second])
+    # Each completion is likelier where it came from
+    assert differences[coins].mean() > 0 > differences[~coins].mean()
+
+
+def first_and_last_losses(output: Path) -> list[tuple[float, float]]:
+    """Of each round."""
+    found = []
+    for path in sorted(output.glob("round_*/model/trainer_state.json")):
+        steps = [step["loss"] for step in json.loads(path.read_text())["log_history"] if "loss" in step]
+        found.append((steps[0], steps[-1]))
+    return found
+
+
+def test_references_are_the_log_probabilities_that_training_sees(two_rounds):
+    """With a = 1 every log-ratio starts at zero, in the second round also: the loss of its first step is log 2."""
+    losses = first_and_last_losses(two_rounds)
+    assert len(losses) == 2
+    for first, last in losses:
+        assert first == pytest.approx(math.log(2), abs=1e-5)
+        assert last < math.log(2) - 0.01
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"bf16": True}], ids=["qlora", "bf16"])
+def test_also_with_4_bit_weights_and_in_mixed_precision(options, tmp_path):
+    if "load_in_4bit" in options:
+        pytest.importorskip("bitsandbytes")
+    model = save_tiny(tmp_path, hidden_size=64, intermediate_size=128)  # whole blocks of 64 weights
+    make_loop(model, tmp_path / "out", reference_mix=1.0, **options).run()
+    losses = first_and_last_losses(tmp_path / "out")
+    assert len(losses) == 2
+    # TRL rounds the adapters of 4-bit models
+    assert [first for first, _ in losses] == pytest.approx([math.log(2)] * 2, abs=2e-3)
+
+
+def test_report_is_what_the_samples_say(two_rounds):
+    report = json.loads((two_rounds / "report.json").read_text())
+    base = rows_of(two_rounds / "base.jsonl")
+    probes = [json.loads((two_rounds / f"round_{i:03d}" / "probe.json").read_text()) for i in range(2)]
+    for number, figures in enumerate(report["rounds"]):
+        monitor = rows_of(two_rounds / f"round_{number:03d}" / "monitor.jsonl")
+        assert figures["entropy"]["mean"] == pytest.approx(-np.mean([row["policy_logps"] for row in monitor]))
+        rewards, before = (np.array([vowels(None, row["completions"]) for row in rows]) for rows in (monitor, base))
+        assert figures["reward"]["mean"] == pytest.approx(rewards.mean())
+        assert figures["reward_change"]["mean"] == pytest.approx(rewards.mean() - before.mean())
+        assert figures["win_rate"]["mean"] == pytest.approx((rewards > before).mean() + (rewards == before).mean() / 2)
+    last = report["rounds"][-1]
+    moved = np.subtract(*probes)
+    expected = math.sqrt(((moved - moved.mean(axis=1, keepdims=True)) ** 2).mean())
+    assert last["distance_to_previous"] == pytest.approx(expected)
+    assert last["distance_to_two_rounds_ago"] == last["distance_to_base"] > last["distance_to_previous"] * 0.1
+    verdicts = rows_of(two_rounds / "round_001" / "judged.jsonl")
+    norms = [np.linalg.norm(np.array(row["preferences"]) - 0.5, 2) for row in verdicts]
+    assert last["preference_norm"]["largest"] == pytest.approx(max(norms))
+    assert last["margin"] == pytest.approx(1 - (1.0 + 4 * 0.5 / 2 * max(norms)))
+    assert (two_rounds / "iterate.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_continued_with_more_rounds_and_no_other_change(model, two_rounds, tmp_path):
+    make_loop(model, tmp_path, reference_mix=1.0, rounds=1).run()
+    assert weights(tmp_path) != weights(two_rounds)
+    make_loop(model, tmp_path, reference_mix=1.0).run()
+    assert weights(tmp_path) == weights(two_rounds)
+    for change, before in (
+        ({"sampling_mix": 0.4}, "sampling_mix=0.5"),
+        ({"learning_rate": 1.0}, "learning_rate=0.01"),
+    ):
+        with pytest.raises(ValueError, match=f"was begun with {before}"):
+            make_loop(model, tmp_path, **{"reference_mix": 1.0, **change})
+    with pytest.raises(ValueError, match="was begun with prompts='10 prompts, "):
+        make_loop(model, tmp_path, reference_mix=1.0, rows=list(tiny_preferences(10, seed=1)))
+
+
+def test_disk_use_is_bounded(model, tmp_path):
+    # A judge who is harder to please each time, so that the first round is the best
+    times = itertools.count()
+
+    def judge(completions, **kwargs):
+        level = -100.0 * next(times)
+        return [level + len(text) for text in completions]
+
+    loop = make_loop(model, tmp_path, judge=RewardFunctions([judge], None), rounds=4, keep_rounds=1)
+    report = loop.run()
+    assert (report["best_round"], report["final_round"]) == (0, 3)
+    kept = {path.parent.name for path in tmp_path.glob("round_*/model")}
+    assert kept == {"round_000", "round_003"}
+    assert {path.parent.name for path in tmp_path.glob("round_*/samples.jsonl")} == kept
+    assert len(list(tmp_path.glob("round_*/report.json"))) == 4
+    assert not list(tmp_path.glob("round_*/trainer"))
+    assert weights(tmp_path) == weights(tmp_path, "round_003/model")
+    # Nothing is made again
+    before = (tmp_path / "report.json").read_text()
+    make_loop(model, tmp_path, rounds=4, keep_rounds=1).run()
+    assert (tmp_path / "report.json").read_text() == before
+
+
+def test_rounds_take_turns_with_the_prompts(model, tmp_path):
+    loop = make_loop(model, tmp_path, prompts_per_round=4)
+    taken = [[loop.prompts.index(prompt) for prompt in loop._round_prompts(number)] for number in range(3)]
+    assert taken == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"), [("dpo", "sigmoid"), ("dpo", "rdro"), ("kto", "rdro"), ("kto", "apo_zero_unpaired")]
+)
+def test_reference_columns_are_those_of_the_loss(method, loss, model, tmp_path):
+    options = {} if loss == "sigmoid" else {"beta": 0.1}
+    report = make_loop(model, tmp_path, method=method, loss_type=loss, **options).run()
+    folder = tmp_path / "round_001"
+    samples, rows = rows_of(folder / "samples.jsonl"), rows_of(folder / "train.jsonl")
+    known = {}
+    for row in samples:
+        for ids, policy, base in zip(row["completion_ids"], row["policy_logps"], row["base_logps"], strict=True):
+            reference = geometric(policy, base, 0.25) if loss == "sigmoid" else linear(policy, base, 0.5)
+            known.setdefault(tuple(ids), []).append(reference)
+    columns = (
+        [("completion_ids", "ref_logps")]
+        if method == "kto"
+        else [("chosen_ids", "ref_chosen_logps"), ("rejected_ids", "ref_rejected_logps")]
+    )
+    for row in rows:
+        for ids, reference in columns:
+            assert any(row[reference] == pytest.approx(value) for value in known[tuple(row[ids])])
+    assert (report["rounds"][-1]["margin"] is None) == (loss != "sigmoid")
+    if method == "kto":
+        assert [row["label"] for row in rows] == [True, False] * (len(rows) // 2)
+
+
+def test_full_fine_tuning_never_holds_two_models(model, tmp_path, monkeypatch):
+    loaded, load, train = [], Policies._load, rounds.train_round
+
+    def live_models() -> int:
+        gc.collect()
+        return sum(
+            isinstance(value, PreTrainedModel) and "ForCausalLM" in type(value).__name__ for value in gc.get_objects()
+        )
+
+    others = live_models()  # of other tests
+
+    def watched_load(self, name):
+        loaded.append(Path(name).parent.name)
+        assert live_models() == others
+        return load(self, name)
+
+    def watched_train(*args):
+        assert live_models() == others
+        return train(*args)
+
+    monkeypatch.setattr(Policies, "_load", watched_load)
+    monkeypatch.setattr(rounds, "train_round", watched_train)
+    make_loop(model, tmp_path, peft=False, learning_rate=1e-3).run()
+    start = Path(model).parent.name
+    assert loaded == [start, "round_000", start, "round_000", start, "round_001"]
+    assert (tmp_path / "final" / "model.safetensors").is_file()
+
+
+def test_conversations_are_rendered_and_judged_as_such(model, tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": row["prompt"]}], "n": i} for i, row in enumerate(tiny_preferences(6))
+    ]
+    seen = []
+
+    def judge(prompts, completions, n, **kwargs):
+        seen.append((prompts[0], completions[0], n[0]))
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    loop = make_loop(model, tmp_path, judge=RewardFunctions([judge], None), rows=rows, rounds=1)
+    assert loop.sampler.tokenizer.decode(loop.prompts[0].ids).endswith("<|im_start|>assistant\n")
+    loop.run()
+    prompt, completion, n = seen[0]
+    assert prompt == rows[0]["prompt"] and n == 0
+    assert completion[0]["role"] == "assistant"
+
+
+def test_long_prompts_are_left_out(model, tmp_path):
+    rows = list(tiny_preferences(4))
+    lengths = [len(prompt.ids) for prompt in make_loop(model, tmp_path, rows=rows).prompts]
+    rows.append({"prompt": rows[0]["prompt"] * 3})
+    loop = make_loop(model, tmp_path, rows=rows, max_length=max(lengths) + 8)
+    assert [len(prompt.ids) for prompt in loop.prompts] == lengths
+    with pytest.raises(ValueError, match="No prompt fits"):
+        make_loop(model, tmp_path, rows=rows, max_length=9)
+
+
+def test_a_judge_without_an_opinion_ends_the_run_with_a_sentence(model, tmp_path):
+    indifferent = RewardFunctions([lambda completions, **_: [0.0] * len(completions)], None)
+    with pytest.raises(ValueError, match="nothing to train on"):
+        make_loop(model, tmp_path, judge=indifferent).run()
+
+
+def test_labels_are_asked_for_and_the_run_goes_on_with_them(model, tmp_path):
+    labels = [{"prompt": "p", "completion": "c", "score": 0.0}]
+    with pytest.raises(ValueError, match="label them, add them to the file, and start the same command again"):
+        make_loop(model, tmp_path, judge=LabelledScores(labels), rounds=1).run()
+    wanted = rows_of(tmp_path / "round_000" / "to_label.jsonl")
+    distinct = {
+        (row["prompt"], text)
+        for row in rows_of(tmp_path / "round_000" / "samples.jsonl")
+        for text in row["completions"]
+    }
+    assert {(row["prompt"], row["completion"]) for row in wanted} == distinct
+    labels += [{**row, "score": vowels(None, [row["completion"]])[0]} for row in wanted]
+    report = make_loop(model, tmp_path, judge=LabelledScores(labels), rounds=1).run()
+    # The new policy's completions have no labels
+    assert report["rounds"][0]["reward"] is report["rounds"][0]["win_rate"] is None
+    assert report["final_round"] == report["best_round"] == 0
+
+
+# The command
+
+
+@pytest.fixture
+def config(tmp_path, model):
+    """Write a YAML file for a round of two steps; keyword arguments override or (None) remove keys."""
+    data = tmp_path / "prompts.jsonl"
+    tiny_preferences(6).select_columns("prompt").to_json(data)
+
+    def write(**changes) -> str:
+        settings = cpu_args(
+            model_name_or_path=model,
+            dataset_name=str(data),
+            output_dir=str(tmp_path / "out"),
+            reward_funcs=["tests.iterate.worker.vowels"],
+            rounds=1,
+            max_completion_length=6,
+            monitor_samples=2,
+            max_steps=2,
+            per_device_train_batch_size=4,
+            use_peft=True,
+            lora_target_modules="all-linear",
+        )
+        settings = {key: value for key, value in {**settings, **changes}.items() if value is not None}
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["command", "script"])
+def test_yaml_file_runs_the_loop(way, config, tmp_path):
+    script = ["-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "scripts" / "iterate.py")]
+    command = [sys.executable, *(["-m", "trl_rdro.cli", "iterate"] if way == "command" else script)]
+    argv = ["--config", config(beta=None), "--seed", "3", *(["--num_processes", "1"] if way == "command" else [])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"model of round 1 in {tmp_path / 'out'}/final" in result.stdout
+    assert weights(tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["seed"] == 3 and settings["beta"] == 1.0  # not TRL's 0.1
+
+
+def test_recipe_is_strictly_valid_and_stable_with_every_judge(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = ["--config", "recipes/iterate.yaml", "--model_name_or_path", "any", "--use_cpu", "true", "--bf16", "false"]
+    (config, script_args, args, _), judge, *flags = iterate.parse(argv)
+    assert flags == [[], []] and judge.functions == [positivity]
+    assert config.guaranteed_margin(args) > 0.1
+    train, test = iterate.load_prompts(script_args)
+    assert (len(train), len(test)) == (32, 24)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+
+
+def test_method_decides_the_options(config, tmp_path):
+    assert iterate.run(["--config", config(method="kto", loss_type="rdro")]) == 0
+    assert "label" in rows_of(tmp_path / "out" / "round_000" / "train.jsonl")[0]
+    assert iterate.find_method(["--config", config(method="kto"), "--method", "dpo"]) == "dpo"
+    assert iterate.find_method([]) == "dpo"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_name_or_path": None}, "no model given"),
+        ({"dataset_name": None}, "no prompts given"),
+        ({"sampling_mx": 0.5}, "unknown option --sampling_mx, did you mean --sampling_mix?"),
+        ({"sampling_mix": 2.0}, "`sampling_mix` must be a number in [0, 1], got 2.0"),
+        ({"reward_funcs": ["tests.nowhere.f"]}, "Cannot import the function 'tests.nowhere.f'"),
+        ({"loss_type": "rdro", "reference_mix": 0.5}, "`reference_mix=0.5` cannot be combined with rdro"),
+        ({"reward_funcs": None}, "Set one of `reward_funcs`, `preference_func` and `labelled_file`"),
+        ({"method": "reinforce"}, "`method` has no value 'reinforce'"),
+    ],
+)
+def test_mistake_ends_in_one_sentence_before_anything_is_launched(changes, sentence, config, capsys, monkeypatch):
+    monkeypatch.setattr(iterate, "launch_module", lambda *args: pytest.fail("launched"))
+    assert main(["iterate", "--config", config(**changes)]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dataset_train_split": "training"}, "the dataset has no split training"),
+        ({"model_name_or_path": "/no/model"}, "cannot load the model /no/model"),
+        ({"max_length": 7}, "No prompt fits: `max_length=7` leaves 1 tokens"),
+    ],
+)
+def test_mistake_in_the_data_ends_in_one_sentence(changes, sentence, config, capsys):
+    assert iterate.run(["--config", config(**changes)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_config_without_a_file_ends_in_one_sentence(capsys):
+    assert main(["iterate", "--config"]) == 2
+    assert "expected a file name after --config" in capsys.readouterr().err
+    assert main(["iterate", "--config", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml: No such file" in capsys.readouterr().err
+
+
+def test_data_without_prompts_are_refused(config, tmp_path, capsys):
+    path = config()
+    (tmp_path / "prompts.jsonl").write_text('{"question": "why?"}\n')
+    assert iterate.run(["--config", path]) == 2
+    assert "has no column prompt, only: question" in capsys.readouterr().err

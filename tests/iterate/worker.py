@@ -1,0 +1,106 @@
+"""
+A loop of two rounds with a tiny model, which can be made to die by SIGKILL at a given point.
+
+    torchrun --nproc_per_node 2 -m tests.iterate.worker MODEL OUTPUT_DIR
+
+`run` does the same in a process of its own.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from .. import conftest  # noqa: F401  (before torch: threads, no hub)
+
+
+# isort: split
+from transformers import Trainer
+from trl import ModelConfig
+
+from trl_rdro import DPOConfig, KTOConfig
+from trl_rdro.iterate.config import IterateConfig
+from trl_rdro.iterate.judges import RewardFunctions
+from trl_rdro.iterate.rounds import Loop
+
+from ..tiny import cpu_args, tiny_preferences
+
+
+def vowels(prompts, completions, **kwargs):
+    """A reward that random text has more or less of."""
+    return [sum(text.count(vowel) for vowel in "aeiou") - 0.1 * len(text) for text in completions]
+
+
+def make_loop(
+    model: str, output_dir: str | Path, judge=None, rows=None, peft: bool = True, load_in_4bit: bool = False, **changes
+) -> Loop:
+    """`changes` are fields of the loop's or the trainer's configuration."""
+    loop = {
+        "rounds": 2,
+        "sampling_mix": 0.5,
+        "reward_funcs": ["tests.iterate.worker.vowels"],
+        "max_completion_length": 8,
+        "prompts_per_chunk": 4,
+        "monitor_prompts": 6,
+        "monitor_samples": 2,
+    }
+    training = {
+        "output_dir": str(output_dir),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "beta": 1.0,
+        "logging_steps": 1,
+    }
+    fields = IterateConfig.__dataclass_fields__
+    config = IterateConfig(**loop | {key: value for key, value in changes.items() if key in fields})
+    config_class = KTOConfig if config.method == "kto" else DPOConfig
+    args = config_class(**cpu_args(**training | {key: value for key, value in changes.items() if key not in fields}))
+    config.validate_with(args)
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "down_proj"]} if peft else {}
+    rows = list(tiny_preferences(10)) if rows is None else rows
+    model_args = ModelConfig(model_name_or_path=model, load_in_4bit=load_in_4bit, **lora)
+    return Loop(config, args, model_args, judge or RewardFunctions([vowels], None), rows, rows)
+
+
+def die_at(moment: str) -> None:
+    """Kill this process before a file whose path ends in `moment` is in place, or at "step N" of the second round."""
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment.startswith("step"):
+        training_step = Trainer.training_step
+
+        def step_or_die(trainer, *args, **kwargs):
+            if "round_001" in trainer.args.output_dir and trainer.state.global_step == int(moment.split()[1]):
+                die()
+            return training_step(trainer, *args, **kwargs)
+
+        Trainer.training_step = step_or_die
+    for name in ("replace", "rename"):
+        move = getattr(os, name)
+
+        def move_or_die(source, target, move=move, **kwargs):
+            if str(target).endswith(moment):
+                die()
+            return move(source, target, **kwargs)
+
+        setattr(os, name, move_or_die)
+
+
+def run(model: str, output_dir: str, moment: str | None = None) -> None:
+    """The whole loop, with a checkpoint every two steps."""
+    if moment:
+        die_at(moment)
+    make_loop(model, output_dir, save_strategy="steps", save_steps=2).run()
+
+
+if __name__ == "__main__":
+    loop = make_loop(*sys.argv[1:3], per_device_train_batch_size=2)
+    loop.run()
+    if loop.state.is_main_process:
+        Path(sys.argv[2], "world_size").write_text(str(loop.state.num_processes))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo now and then aborts while it is taken down

@@ -1,0 +1,196 @@
+"""The studies at their smallest: each runs through its command line, resumes, and shows a fact that must hold."""
+
+import csv
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..tiny import save_tiny
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results" / "studies"
+NAMES = ["consistency", "stability", "reward_shift", "people_shift", "label_noise", "displacement"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def studies_on_path():
+    sys.path.insert(0, str(ROOT / "scripts" / "studies"))
+    yield
+    sys.path.remove(str(ROOT / "scripts" / "studies"))
+
+
+def load(name):
+    return __import__(name)
+
+
+def run(name, folder, *options):
+    """The finished cells of a study at size ci."""
+    module = load(name)
+    rows = load("study").main(module.STUDY, ["--size", "ci", "--output_dir", str(folder), *options])
+    with open(folder / "cells.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"scripts/studies/{name}.py --size ci" in summary["command"]
+    assert summary["hardware"] and summary["versions"]["trl"] and len(summary["cells"]) == len(rows)
+    assert (folder / "table.md").read_text().count("\n| ") >= len({row["method"] for row in rows})
+    assert (folder / "figure.png").stat().st_size > 5000
+    return rows
+
+
+@pytest.mark.slow
+def test_consistency_rdro_reaches_p_plus_and_dpo_does_not(tmp_path):
+    rows = run("consistency", tmp_path)
+    kl = {(row["data"], row["method"]): row["kl"] for row in rows}
+    assert kl["pairs", "rdro"] < 0.005 < 1 < kl["pairs", "dpo"]
+    assert kl["labels", "rdro"] < 0.03
+
+
+def test_the_limit_of_a_pairwise_loss_is_that_of_its_beta():
+    consistency = load("consistency")
+    limits = {beta: consistency.limit({"loss_type": "sigmoid", "beta": beta}) for beta in (0.1, 2.0, 3.0, 4.0)}
+    # The beta that the study gives dpo is near the best one, and there DPO still stops short of p+
+    assert 0.003 < limits[3.0] < min(limits[2.0], limits[4.0]) < limits[0.1]
+    assert consistency.limit({"loss_type": "rdro"}) is None
+
+
+@pytest.mark.slow
+def test_stability_rdro_stays_finite_and_moves_towards_p_plus(tmp_path):
+    rows = {row["method"]: row for row in run("stability", tmp_path)}
+    assert rows["rdro"]["diverged"] == 0 and rows["rdro"]["kl"] < rows["rdro"]["kl_before"] / 5
+    assert rows["ddro, cap 0.99"]["capped_chosen"] > 0.1  # the ratio p+/pi_ref lies beyond the cap
+    assert "capped_chosen" not in rows["rdro"]
+
+
+@pytest.mark.slow
+def test_people_shift_and_resuming(tmp_path, monkeypatch):
+    model = save_tiny(tmp_path, kind="llama")
+    rows = run("people_shift", tmp_path / "out", "--model", model)
+    for row in rows:
+        values = [row[f"accuracy_{domain}"] for domain in ("film", "product", "tweet", "editorial")]
+        assert row["accuracy_worst"] == min(values) and row["accuracy_mean"] == pytest.approx(sum(values) / 4)
+
+    # As if killed while it wrote its last line: the first cell is kept, the second is run again
+    record = tmp_path / "out" / "cells.jsonl"
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text(lines[0] + lines[1][:20])
+    calls = []
+    study, module = load("study"), load("people_shift")
+
+    def counted(cell, folder):
+        calls.append(cell["method"])
+        return module.run(cell, folder)
+
+    monkeypatch.setattr(module.STUDY, "run", counted)
+    counted.__module__ = module.__name__
+    again = study.main(module.STUDY, ["--size", "ci", "--output_dir", str(tmp_path / "out"), "--model", model])
+    assert calls == [rows[1]["method"]]
+    assert again == rows  # and gives the same figures
+
+
+@pytest.mark.slow
+def test_displacement_sft_raises_what_it_trains_on(tmp_path):
+    rows = {
+        row["method"]: row
+        for row in run("displacement", tmp_path / "out", "--model", save_tiny(tmp_path, kind="llama"))
+    }
+    assert rows["sft"]["chosen"] > 0.1
+
+
+@pytest.mark.slow
+def test_label_noise_flips_labels(tmp_path):
+    rows = run("label_noise", tmp_path / "out", "--model", save_tiny(tmp_path, kind="llama"))
+    assert all(0 < row["wrong_labels"] < 0.9 for row in rows)
+    assert len({row["wrong_labels"] for row in rows}) == 1  # the same labels for each method
+
+
+def test_a_wrong_label_is_one_that_the_mean_contradicts():
+    is_wrong = load("label_noise").is_wrong
+    rng = random.Random(0)
+    agreed = {"chosen_ratings": [2, 3], "rejected_ratings": [-1, 0]}
+    split = {"chosen_ratings": [2, -2], "rejected_ratings": [0]}
+    tied = {"chosen_ratings": [1], "rejected_ratings": [1]}
+
+    def share(pair, noise):
+        return sum(is_wrong(pair, noise, rng) for _ in range(4000)) / 4000
+
+    assert share(agreed, "none") == share(split, "close, mean") == share(agreed, "close, rater") == 0
+    assert share(split, "close, rater") == pytest.approx(0.5, abs=0.04)
+    assert share(tied, "close, rater") == pytest.approx(0.5, abs=0.04)
+    assert share(agreed, "flip 0.3") == pytest.approx(0.3, abs=0.04)
+
+
+@pytest.mark.slow
+def test_reward_shift_measures_every_mixture(tmp_path):
+    for row in run("reward_shift", tmp_path / "out", "--model", save_tiny(tmp_path, kind="llama")):
+        accuracies = [row[f"accuracy_{i / 10}"] for i in range(11)]
+        assert row["worst"] == min(accuracies) and all(0 <= accuracy <= 1 for accuracy in accuracies)
+
+
+def test_reward_shift_mixes_two_rewards_that_differ():
+    module, ratings = load("reward_shift"), load("ratings")
+    pairs = module.random_pairs(module.texts_with_rewards(ratings.quickstart_pairs()), random.Random(0))
+    assert {pair["split"] for pair in pairs} == {"train", "test"}
+    assert all("positive" not in pair["prompt"] for pair in pairs)
+    gaps = torch.tensor([pair["gaps"] for pair in pairs])
+    assert abs(torch.corrcoef(gaps.T)[0, 1]) < 0.15  # otherwise there would be no shift
+    assert [module.mixed(pairs[0], a) for a in (0.0, 1.0)] == pairs[0]["gaps"][::-1]
+
+
+def test_rated_pairs_use_each_text_once_and_prefer_the_higher_mean():
+    rated_pairs, quickstart = load("rated_pairs"), load("build_quickstart_data")
+    rng = random.Random(0)
+    texts = {
+        domain.name: [
+            quickstart.RatedText(f"{domain.name} says that {i % 50}", mean, 1.0, (round(mean),) * 3)
+            for i, mean in enumerate(rng.uniform(-4, 4) for _ in range(60))
+        ]
+        for domain in rated_pairs.DOMAINS
+    }
+    pairs = rated_pairs.build(texts)
+    assert {pair["domain"] for pair in pairs} == set(texts)
+    assert all(pair["chosen_mean"] - pair["rejected_mean"] >= 0.5 for pair in pairs)
+    used = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+    assert len(used) == len(set(used)) > 100
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_the_sizes_that_tests_do_not_run_have_cells_and_enough_pairs(size):
+    assert all(load(name).cells(size) for name in NAMES)
+    ratings, people_shift = load("ratings"), load("people_shift")
+    pool = [pair for pair in ratings.quickstart_pairs() if pair["split"] == "train"]
+    for shares in (people_shift.SHARES, load("displacement").SHARES):
+        drawn = ratings.draw_pairs(pool, shares, ratings.SIZES[size], seed=0)
+        assert len({pair["chosen"] for pair in drawn}) == ratings.SIZES[size].train_pairs
+
+
+def test_a_cut_vocabulary_splits_texts_alike_and_only_shares_out_the_rest(tmp_path):
+    directory = save_tiny(tmp_path, kind="llama")
+    texts = ["the film was good", " a song: it felt warm"]
+    target = load("vocabulary").cut_vocabulary(directory, texts, tmp_path / "cut")
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (directory, target)]
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (directory, target)]
+    assert models[1].config.vocab_size == len(tokenizers[1]) < len(tokenizers[0])
+    assert tokenizers[1].decode(tokenizers[1](texts[0])["input_ids"]) == texts[0]
+    kept = [
+        tokenizers[0].convert_tokens_to_ids(token)
+        for token in tokenizers[1].convert_ids_to_tokens(range(len(tokenizers[1])))
+    ]
+    logits = [
+        model(**tokenizer(texts[1], return_tensors="pt", return_token_type_ids=False)).logits
+        for model, tokenizer in zip(models, tokenizers, strict=True)
+    ]
+    torch.testing.assert_close(logits[0][..., kept], logits[1])
+
+
+def test_the_document_shows_the_committed_results():
+    text = (ROOT / "docs" / "studies.md").read_text()
+    assert load("document").with_results(text) == text, "run scripts/studies/document.py"
+    for name in NAMES:
+        assert f"](results/studies/{name}/figure.png)" in text
+        assert (RESULTS / name / "cells.csv").exists()

@@ -1,0 +1,72 @@
+"""FSDP, ZeRO-3 and gradient checkpointing: what the trainers must say to engines that do not ask."""
+
+import dataclasses
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import trl
+from torch.distributed.fsdp import FSDPModule
+from trl.models.utils import disable_gradient_checkpointing
+
+
+def full_precision_outputs(accelerator: Any) -> None:
+    """Let FSDP2 return what the model computed. In mixed precision accelerate has it round the outputs: the
+    log-probabilities to three digits, and the losses here take small differences of them."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def refuse_fsdp1(accelerator: Any, loss_type: str) -> None:
+    """For losses that need gradients with respect to inputs."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise ValueError(
+            f"`{loss_type}` does not run with FSDP1, whose parameters are only whole between the hooks of a training "
+            "step, and not in the pass to the embeddings. Use FSDP2 (`fsdp_version: 2`, or TRL's accelerate config "
+            "`fsdp2`)."
+        )
+
+
+def settle_fsdp2(model: torch.nn.Module) -> None:
+    """Let FSDP2 initialise itself now. Otherwise it does so in the first forward and takes the gradients' dtype from
+    the parameters trainable then, which are none where the first is that of a reference with adapters off."""
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()
+
+
+@contextmanager
+def without_checkpointing(trainer: trl.DPOTrainer):
+    """For gradient-free forwards: reentrant gradient checkpointing warns in them."""
+    with torch.no_grad(), disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+        yield
+
+
+@contextmanager
+def non_reentrant_checkpointing(trainer: trl.DPOTrainer):
+    """For gradients with respect to inputs, which reentrant gradient checkpointing cannot give."""
+    kwargs = trainer.args.gradient_checkpointing_kwargs
+    reentrant = trainer.model.is_gradient_checkpointing and (kwargs or {}).get("use_reentrant")
+    if reentrant:
+        trainer.model.gradient_checkpointing_enable({**kwargs, "use_reentrant": False})
+    try:
+        yield
+    finally:
+        if reentrant:
+            trainer.model.gradient_checkpointing_enable(kwargs)
+
+
+@contextmanager
+def frozen_head(model: torch.nn.Module):
+    """For gradients with respect to inputs. TRL's fused head is one autograd function, which is not told which
+    gradients are asked for, and would compute that of its weight too."""
+    weight = model.get_output_embeddings().weight
+    # FSDP2 remembers from a parameter's first use whether it is trained; ZeRO-3 (`ds_id`) is left alone as well
+    sharded = isinstance(model, FSDPModule) or hasattr(weight, "ds_id")
+    trained = weight.requires_grad
+    weight.requires_grad_(trained and sharded)
+    try:
+        yield
+    finally:
+        weight.requires_grad_(trained)

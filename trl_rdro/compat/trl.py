@@ -1,0 +1,209 @@
+"""Everything of TRL that is used here without being documented there. Last checked against TRL 1.16."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import is_peft_model
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
+from trl.trainer.utils import get_config_model_id
+
+from .engines import settle_fsdp2
+
+
+# What a batch of TRL's preference collators holds beside the model's own inputs
+NON_MODEL_KEYS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "label", "ref_logps"}
+
+AnyTrainer = trl.DPOTrainer | trl.KTOTrainer
+
+
+def model_name(model: Any) -> str:
+    """The last part of a model's id, by which TRL names the output directory when no config is given."""
+    return (model if isinstance(model, str) else get_config_model_id(model.config)).split("/")[-1]
+
+
+def policy_forward(trainer: AnyTrainer, model: Callable, inputs: dict[str, Any]) -> Any:
+    """One forward of `model` with TRL's fused LM head. The output has `log_probs` of shape `(rows, length - 1)`:
+    the log-probability of each next token, 0 outside the completions."""
+    model_kwargs = {key: value for key, value in inputs.items() if key not in NON_MODEL_KEYS}
+    if trainer.aux_loss_enabled:  # mixture of experts
+        model_kwargs["output_router_logits"] = True
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    return model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+
+
+def completion_logps(trainer: AnyTrainer, log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each completion, `(rows,)`, as TRL's `_compute_loss` sums it: with LD-DPO, tokens beyond the
+    length that both completions of a pair share count `ld_alpha`."""
+    mask = completion_mask[:, 1:]
+    log_probs = log_probs[:, -mask.size(1) :]  # prompt-learning PEFT prepends virtual tokens
+    ld_alpha = getattr(trainer, "ld_alpha", None)
+    if ld_alpha is None:
+        return log_probs.sum(dim=1)
+    shared_length = torch.minimum(*mask.sum(dim=1).chunk(2)).repeat(2)
+    verbose = mask.cumsum(dim=1) > shared_length.unsqueeze(1)
+    return torch.where(verbose, ld_alpha * log_probs, log_probs).sum(dim=1)
+
+
+def _replay(model: Callable, outputs: Any) -> Callable:
+    """A stand-in for the model in TRL's `_compute_loss` that answers with the forward pass made already."""
+
+    def forward(*args, **kwargs):
+        # `return_outputs` makes one more forward, for the logits
+        return outputs if kwargs.get("fused_lm_head") else model(*args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def _attributes(trainer: AnyTrainer, **values: Any):
+    """Give the trainer these attributes for a while."""
+    saved = {name: getattr(trainer, name) for name in values}
+    vars(trainer).update(values)
+    try:
+        yield
+    finally:
+        vars(trainer).update(saved)
+
+
+# Without a trainer: what `trl-rdro inspect` and `trl-rdro score` need
+
+# In place of the trainer, for `policy_forward` and `completion_logps`
+NO_TRAINER = SimpleNamespace(aux_loss_enabled=False)
+
+
+def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any) -> tuple[Any, Callable]:
+    """What TRL's trainer makes of a data set before training, without a trainer or a model.
+
+    Args:
+        method: "dpo" or "kto".
+        args: a config, or any object with its `max_length`, `truncation_mode` (dpo), `dataset_num_proc` and
+            `pad_to_multiple_of`.
+
+    Returns:
+        The data set with `prompt_ids` and `chosen_ids`, `rejected_ids` or `completion_ids` added and the rows without
+        room for a completion dropped; and the collator that truncates and pads its rows.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    trainer_class = {"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer}[method]
+    trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
+    # Under the name "train" TRL would advise on KTO's class weights
+    prepared = trainer_class._prepare_dataset(trainer, dataset, processing_class, args, "given")
+    settings = {
+        "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        "max_length": args.max_length,
+        "pad_to_multiple_of": args.pad_to_multiple_of,
+    }
+    if method == "dpo":
+        return prepared, DataCollatorForPreference(**settings, truncation_mode=args.truncation_mode)
+    return prepared, DataCollatorForUnpairedPreference(**settings)
+
+
+# Pairs (DPOTrainer)
+
+
+def pair_reference_logps(trainer: trl.DPOTrainer, inputs: dict[str, Any]) -> torch.Tensor:
+    """The reference model's log-probabilities of the completions, `(2n,)`: chosen, then rejected."""
+    if trainer.precompute_ref_logps:
+        return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+    settle_fsdp2(trainer.model)
+    return torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs))
+
+
+def pair_loss_and_metrics(
+    trainer: trl.DPOTrainer,
+    model: Callable,
+    inputs: dict[str, Any],
+    outputs: Any,
+    ref_logps: torch.Tensor,
+    losses: list[tuple[str, float]],
+    return_outputs: bool,
+) -> Any:
+    """What TRL's own `_compute_loss` returns and logs for forward passes that were made already.
+
+    `losses` are TRL's loss types with their weights; the result is their weighted sum, plus the load-balancing loss of
+    a mixture of experts. TRL reads the reference log-probabilities from the batch, as if they were precomputed.
+    """
+    ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
+    inputs = {**inputs, "ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
+    with _attributes(
+        trainer,
+        precompute_ref_logps=True,
+        loss_types=[name for name, _ in losses],
+        loss_weights=[weight for _, weight in losses],
+    ):
+        return trl.DPOTrainer._compute_loss(trainer, _replay(model, outputs), inputs, return_outputs)
+
+
+# Labelled completions (KTOTrainer)
+
+# The one of TRL's unpaired losses that needs no estimate of the KL divergence
+_LOSS_WITHOUT_KL = "apo_zero_unpaired"
+
+
+@contextmanager
+def without_kl(args: trl.KTOConfig):
+    """Construct a `trl.KTOTrainer` that neither builds nor forwards KL batches: it decides by the loss type."""
+    loss_type, args.loss_type = args.loss_type, _LOSS_WITHOUT_KL
+    try:
+        yield
+    finally:
+        args.loss_type = loss_type
+
+
+def unpaired_reference_logps(trainer: trl.KTOTrainer, inputs: dict[str, Any]) -> torch.Tensor:
+    """The reference model's log-probabilities of the completions, `(n,)`."""
+    if trainer.precompute_ref_logps:
+        return inputs["ref_logps"]
+    settle_fsdp2(trainer.model)
+    return trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs)[0]
+
+
+def unpaired_metrics(
+    trainer: trl.KTOTrainer,
+    model: Callable,
+    inputs: dict[str, Any],
+    outputs: Any,
+    ref_logps: torch.Tensor,
+    return_outputs: bool,
+) -> Any:
+    """Let TRL log its metrics for forward passes that were made already. Returns the outputs if they are asked for."""
+    with torch.no_grad(), _attributes(trainer, precompute_ref_logps=True, loss_type=_LOSS_WITHOUT_KL):
+        result = trl.KTOTrainer._compute_loss(
+            trainer, _replay(model, outputs), {**inputs, "ref_logps": ref_logps}, return_outputs
+        )
+    return result[1] if return_outputs else None
+
+
+# Both
+
+
+def mean_over_ranks(trainer: AnyTrainer, scalars: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The mean of each scalar over the ranks, in one gather and one synchronisation."""
+    values = torch.stack([value.detach().float() for value in scalars.values()]).unsqueeze(0)
+    return dict(zip(scalars, trainer.accelerator.gather(values).mean(dim=0).tolist(), strict=True))
+
+
+def log_metrics(trainer: AnyTrainer, metrics: dict[str, float]) -> None:
+    """Add metrics to the ones that TRL averages over micro-batches and logs."""
+    for name, value in metrics.items():
+        trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
+
+
+def take_metrics(trainer: AnyTrainer) -> dict[str, float]:
+    """The metrics that TRL would log next, averaged as it does, which are then gone."""
+    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    means = {name: sum(values) / len(values) for name, values in metrics.items()}
+    metrics.clear()
+    return means
+
+
+def input_embeddings(trainer: trl.DPOTrainer) -> torch.nn.Module:
+    """The module whose output is what WDPO perturbs."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return (model.get_base_model() if is_peft_model(model) else model).get_input_embeddings()
