@@ -137,11 +137,11 @@ def limit(options: dict[str, Any]) -> float | None:
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
-        margins = z.unsqueeze(1) - z
-        if options["loss_type"] == "ipo":
-            values = losses.ipo_loss(margins / TOKENS, beta)  # as TRL's, of log-ratios per token
+        chosen, rejected = z.unsqueeze(1), z
+        if options["loss_type"] == "ipo":  # as TRL's, of log-ratios per token
+            values = losses.ipo_loss(chosen / TOKENS, rejected / TOKENS, beta)
         else:
-            values = losses.sigmoid_loss(margins, beta)
+            values = losses.sigmoid_loss(chosen, rejected, beta)
         value = (weights * values).sum()
         value.backward()
         return value

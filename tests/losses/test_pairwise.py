@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from trl_rdro.losses import hinge_loss, ipo_loss, sigmoid_loss
+from trl_rdro import losses
+
+
+def of_margins(function):
+    """The loss as a function of the margin h, which is all that these three see."""
+    return lambda h, *args, **kwargs: function(h, torch.zeros_like(h), *args, **kwargs)
+
+
+hinge_loss, ipo_loss, sigmoid_loss = map(of_margins, (losses.hinge_loss, losses.ipo_loss, losses.sigmoid_loss))
 
 
 def naive_sigmoid(h: float, beta: float, label_smoothing: float = 0.0) -> float:
@@ -31,6 +39,13 @@ def random_margins(n: int = 64) -> torch.Tensor:
     return 10 * torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("function", [losses.hinge_loss, losses.ipo_loss, losses.sigmoid_loss])
+def test_only_the_difference_counts(function):
+    chosen, rejected = random_margins().chunk(2)
+    torch.testing.assert_close(function(chosen + 3, rejected + 3), function(chosen, rejected))
+    torch.testing.assert_close(function(chosen, rejected), of_margins(function)(chosen - rejected))
+
+
 def test_worked_examples():
     # h = 10 log 3 at beta 0.1: beta h = log 3, sigma = 3/4, so the loss is log(4/3). A share of 1/4 flipped labels
     # adds a quarter of beta h.
@@ -44,9 +59,9 @@ def test_worked_examples():
     assert (loss.item(), h.grad.item()) == pytest.approx((9, 6))
     # Hinge at beta 0.1 wants a margin of 10: 1 - 0.4 = 0.6 with slope -0.1 below it, 0 with slope 0 above.
     h = torch.tensor([4.0, 12.0], dtype=torch.float64, requires_grad=True)
-    losses = hinge_loss(h, 0.1)
-    losses.sum().backward()
-    assert losses.tolist() == pytest.approx([0.6, 0]) and h.grad.tolist() == pytest.approx([-0.1, 0])
+    values = hinge_loss(h, 0.1)
+    values.sum().backward()
+    assert values.tolist() == pytest.approx([0.6, 0]) and h.grad.tolist() == pytest.approx([-0.1, 0])
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
@@ -89,9 +104,9 @@ def test_constant_where_policy_equals_reference(label_smoothing):
 )
 def test_extremes_are_finite_with_bounded_gradient(function, bound, dtype):
     h = torch.tensor([-1e4, -300.0, 0.0, 300.0, 1e4], dtype=dtype, requires_grad=True)
-    losses = function(h)
-    losses.sum().backward()
-    assert losses.dtype == torch.float32 and losses.isfinite().all()
+    values = function(h)
+    values.sum().backward()
+    assert values.dtype == torch.float32 and values.isfinite().all()
     rounding = 1 + torch.finfo(dtype).eps
     assert 0 < h.grad.float().abs().max() <= bound * rounding**2
 

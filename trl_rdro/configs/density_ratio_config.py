@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from ..losses.types import of_family
 from .validation import require_in_range
 
 
-DENSITY_RATIO_LOSSES = ("ddro", "rdro")
+DENSITY_RATIO_LOSSES = of_family("density_ratio")
 
 
 @dataclass

@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 
 import trl
 
+from ..losses.types import LOSS_TYPES, of_family
 from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig
 from .run_config import RunConfig
 from .validation import require_choice, require_in_range, require_reverse_kl
 
 
-ROBUST_LOSSES = ("kldpo", "wdpo")
-OUR_DPO_LOSSES = DENSITY_RATIO_LOSSES + ROBUST_LOSSES
-INNER_LOSSES = ("sigmoid", "ipo", "hinge")
+ROBUST_LOSSES = of_family("robust")
+OUR_DPO_LOSSES = tuple(LOSS_TYPES)
+# TRL's that stand in `trl_rdro.losses` too, and our losses of a pair
+INNER_LOSSES = ("sigmoid", "ipo", "hinge", *of_family("pair"))
 WDPO_PENALTIES = ("squared", "rms")
 TRL_SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
@@ -59,8 +61,10 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={
-            "help": _TRL_LOSS_TYPE_HELP + " With trl_rdro also: `'ddro'`, `'rdro'` (density-ratio), `'kldpo'`, "
-            "`'wdpo'` (distributionally robust)."
+            "help": _TRL_LOSS_TYPE_HELP
+            + " With trl_rdro also: "
+            + ", ".join(f"`'{name}'` ({loss.summary})" for name, loss in LOSS_TYPES.items())
+            + "."
         },
     )
     kldpo_tau: float = field(
@@ -101,8 +105,8 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
     inner_loss_type: str = field(
         default="sigmoid",
         metadata={
-            "help": "The loss of a pair inside `kldpo` and `wdpo`: `sigmoid` (with `label_smoothing`), `ipo` or "
-            "`hinge`.",
+            "help": f"The loss of a pair inside {', '.join(f'`{name}`' for name in ROBUST_LOSSES)}. `sigmoid` takes "
+            "`label_smoothing`.",
             "choices": list(INNER_LOSSES),
         },
     )
@@ -163,8 +167,8 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
         if ours and self.use_weighting:
             raise ValueError(
                 f"`use_weighting=True` cannot be combined with {' and '.join(ours)}: WPO's weights change the "
-                "distribution that these losses take their expectations over (ddro, rdro), re-weigh (kldpo) or "
-                "perturb (wdpo). Set `use_weighting=False`."
+                "distribution that these losses take their expectations over, reweight or perturb. Set "
+                "`use_weighting=False`."
             )
         if robust:
             require_in_range("beta", self.beta, 0, math.inf, "a positive number")

@@ -11,6 +11,7 @@ from .validation import require_choice, require_in_range
 
 _TRL_FIELDS = trl.KTOConfig.__dataclass_fields__
 TRL_KTO_LOSSES = tuple(_TRL_FIELDS["loss_type"].metadata["choices"])
+KTO_LOSSES = [*TRL_KTO_LOSSES, *DENSITY_RATIO_LOSSES]
 
 
 @dataclass
@@ -37,8 +38,8 @@ class KTOConfig(DensityRatioConfig, RunConfig, trl.KTOConfig):
     loss_type: str = field(
         default="kto",
         metadata={
-            "help": "Type of loss to use: `kto`, `apo_zero_unpaired`, and with trl_rdro also `ddro` and `rdro`.",
-            "choices": [*TRL_KTO_LOSSES, *DENSITY_RATIO_LOSSES],
+            "help": f"Type of loss to use: {', '.join(f'`{name}`' for name in KTO_LOSSES)}.",
+            "choices": KTO_LOSSES,
         },
     )
     preferred_fraction: float | None = field(
@@ -58,7 +59,7 @@ class KTOConfig(DensityRatioConfig, RunConfig, trl.KTOConfig):
     )
 
     def __post_init__(self):
-        require_choice("loss_type", self.loss_type, [*TRL_KTO_LOSSES, *DENSITY_RATIO_LOSSES])
+        require_choice("loss_type", self.loss_type, KTO_LOSSES)
         self._validate_run()
         self._validate_density_ratio()
         if self.preferred_fraction is not None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from ..losses.types import LOSS_TYPES, sees_differences_only
+
 
 # ipo and sigmoid_norm divide by the lengths, so that the constant cancels exactly between equal lengths only
-LOSSES_OF_DIFFERENCES = {
-    *("sigmoid", "hinge", "ipo", "exo_pair", "robust", "aot", "discopop", "sft", "sigmoid_norm", "kldpo", "wdpo"),
+TRL_LOSSES_OF_DIFFERENCES = {
+    *("sigmoid", "hinge", "ipo", "exo_pair", "robust", "aot", "discopop", "sft", "sigmoid_norm"),
 }
 
 
@@ -22,7 +24,11 @@ def needs_distribution(args: Any) -> bool:
     """Whether the loss in `args` uses single log-ratios."""
     losses = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
     is_nonlinear = getattr(args, "f_divergence_type", "reverse_kl") != "reverse_kl"
-    return is_nonlinear or not LOSSES_OF_DIFFERENCES.issuperset(losses)
+    inner = getattr(args, "inner_loss_type", None)
+    return is_nonlinear or not all(
+        sees_differences_only(loss, inner) if loss in LOSS_TYPES else loss in TRL_LOSSES_OF_DIFFERENCES
+        for loss in losses
+    )
 
 
 def geometric(policy: float, base: float, a: float) -> float:

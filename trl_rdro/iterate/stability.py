@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ..losses.types import of_family
+
 
 NEAR = 0.5  # a return is near when it is back by less than this share of the way out
 VISIBLE = 0.25  # nats: excursions below it are taken for noise
@@ -30,7 +32,7 @@ def loss_strength(args: Any, tokens: float) -> float | None:
     if len(losses) != 1:
         return None
     loss = losses[0]
-    if loss in ("kldpo", "wdpo"):
+    if loss in of_family("robust"):
         loss = args.inner_loss_type
     smoothing = 1 - 2 * getattr(args, "label_smoothing", 0.0)
     strength = {

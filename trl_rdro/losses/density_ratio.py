@@ -12,10 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-
-def as_float(x: torch.Tensor) -> torch.Tensor:
-    """Half precision to float32, where these losses are computed; float32 and float64 pass unchanged."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+from .precision import as_float
 
 
 def rdro_loss(logratios: torch.Tensor, preferred: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:

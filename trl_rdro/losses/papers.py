@@ -7,7 +7,7 @@ def _paper(title: str, arxiv_id: str, citation: str) -> dict[str, str]:
     return {"title": title, "id": arxiv_id, "citation": textwrap.dedent(citation).strip()}
 
 
-_DDRO = _paper(
+DDRO = _paper(
     "Direct Density Ratio Optimization: A Statistically Consistent Approach to Aligning Large Language Models",
     "2505.07558",
     """
@@ -19,7 +19,7 @@ _DDRO = _paper(
         eprint    = {2505.07558},
     }""",
 )
-_RDRO = _paper(
+RDRO = _paper(
     "Relative Density Ratio Optimization for Stable and Statistically Consistent Model Alignment",
     "2604.04410",
     """
@@ -31,7 +31,7 @@ _RDRO = _paper(
         journal = {arXiv preprint arXiv:2604.04410},
     }""",
 )
-_ROBUST = _paper(
+ROBUST = _paper(
     "Robust LLM Alignment via Distributionally Robust Direct Preference Optimization",
     "2502.01930",
     """
@@ -43,5 +43,3 @@ _ROBUST = _paper(
         eprint    = {2502.01930},
     }""",
 )
-
-PAPERS = {"ddro": _DDRO, "rdro": _RDRO, "kldpo": _ROBUST, "wdpo": _ROBUST}

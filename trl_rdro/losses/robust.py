@@ -6,7 +6,7 @@ Kullback-Leibler ball around the data, WDPO over a Wasserstein ball, through a p
 
 import torch
 
-from .density_ratio import as_float
+from .precision import as_float
 
 
 def kldpo_log_weights(losses: torch.Tensor, tau: float, step_losses: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..losses.types import LOSS_TYPES
+
 
 # Title and, as in the trainers' logs, the metrics of each panel. Evaluation metrics have the prefix "eval_".
 PANELS = {
@@ -20,15 +22,23 @@ PANELS = {
     "log-ratio to the reference (nats)": ("logratios/chosen", "logratios/rejected"),
     "preference accuracy": ("rewards/accuracies",),
 }
+# Of the metrics that carry a loss's name: what a panel shows of the loss
+LOSS_PANELS = {
+    "share beyond the cap": ("capped_chosen", "capped_rejected"),
+    "weights in the batch": ("effective_sample_size", "max_weight"),
+    "input gradient": ("grad_norm",),
+    "penalty": ("penalty",),
+    "error of the central difference": ("gap",),
+}
 # Drawn by `plot_run` only, where they were logged
 MORE_PANELS = {
     "reward (beta times log-ratio)": ("rewards/chosen", "rewards/rejected"),
     "gradient norm": ("grad_norm",),
-    "ddro: share beyond the cap": ("ddro/capped_chosen", "ddro/capped_rejected"),
-    "kldpo: weights in the batch": ("kldpo/effective_sample_size", "kldpo/max_weight"),
-    "wdpo: input gradient": ("wdpo/grad_norm",),
-    "wdpo: penalty": ("wdpo/penalty",),
-    "wdpo: error of the central difference": ("wdpo/gap",),
+    **{
+        f"{name}: {title}": tuple(f"{name}/{metric}" for metric in metrics)
+        for name in LOSS_TYPES
+        for title, metrics in LOSS_PANELS.items()
+    },
 }
 COLUMNS = 3
 LINE_STYLES = ("-", "--")  # of a panel's first and second metric

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..log import get_logger
+from ..losses.types import LOSS_TYPES, of_family
 
 
 logger = get_logger(__name__)
@@ -32,22 +33,32 @@ class GuardRails:
     def watch(self, step: int, metrics: dict[str, float]) -> None:
         """Take in the metrics of one micro-batch of optimiser step `step`, the same on every rank."""
         self._watch_start(step, metrics)
-        share = metrics.get("kldpo/effective_sample_size", 1.0)
-        if share < FEW_PAIRS:
-            self.warn_once(
-                "kldpo",
-                f"`kldpo` at step {step}: the effective sample size is {share:.1%} of the batch, so a few pairs carry "
-                f"the whole gradient. Raise `kldpo_tau` (now {self.args.kldpo_tau}) or the batch size.",
-            )
-        for key in ("ddro/capped_chosen", "ddro/capped_rejected"):
-            if metrics.get(key, 0.0) > MANY_CAPPED:
-                self.warn_once(
-                    key,
-                    f"`ddro` at step {step}: {metrics[key]:.0%} of the {key.split('_')[1]} completions lie beyond the "
-                    "cap, where the loss goes on linearly. Lower the learning rate, use `rdro`, or raise `ddro_cap` "
-                    f"(now {self.args.ddro_cap}).",
-                )
+        self._watch_weights(step, metrics)
+        self._watch_caps(step, metrics)
         self._watch_gap(step, metrics)
+
+    def _watch_weights(self, step: int, metrics: dict[str, float]) -> None:
+        for name, loss in LOSS_TYPES.items():
+            share = metrics.get(f"{name}/effective_sample_size", 1.0)
+            if share < FEW_PAIRS:
+                self.warn_once(
+                    f"{name} weights",
+                    f"`{name}` at step {step}: the effective sample size is {share:.1%} of the batch, so a few pairs "
+                    f"carry the whole gradient. Raise `{loss.temperature}` (now "
+                    f"{getattr(self.args, loss.temperature)}) or the batch size.",
+                )
+
+    def _watch_caps(self, step: int, metrics: dict[str, float]) -> None:
+        for name in of_family("density_ratio"):
+            for side in ("chosen", "rejected"):
+                share = metrics.get(f"{name}/capped_{side}", 0.0)
+                if share > MANY_CAPPED:
+                    self.warn_once(
+                        f"{name} {side}",
+                        f"`{name}` at step {step}: {share:.0%} of the {side} completions lie beyond the cap, where "
+                        "the loss goes on linearly. Lower the learning rate, use `rdro`, or raise "
+                        f"`{name}_cap` (now {getattr(self.args, f'{name}_cap')}).",
+                    )
 
     def _watch_start(self, step: int, metrics: dict[str, float]) -> None:
         if self.moved:

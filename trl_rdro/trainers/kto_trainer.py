@@ -8,18 +8,14 @@ from datasets import Dataset, IterableDataset
 
 from .. import losses
 from ..compat import trl as trl_compat
-from ..configs.density_ratio_config import DENSITY_RATIO_LOSSES
 from ..configs.kto_config import KTOConfig
 from ..log import get_logger
-from .common import (
-    STEP_KEY,
-    density_ratio_loss,
-    describe_in_model_card,
-    require_own_config,
-    with_step_scales,
-)
+from ..losses.types import LOSS_TYPES
+from . import objectives
+from .common import describe_in_model_card, require_own_config
 from .dataset_checks import check_datasets, require_unpaired_columns
 from .safeguards import Safeguards
+from .step import split_step, with_steps
 
 
 logger = get_logger(__name__)
@@ -63,7 +59,7 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
     ):
         if args is None:
             args = KTOConfig(f"{trl_compat.model_name(model)}-KTO")
-        ours = [args.loss_type] if args.loss_type in DENSITY_RATIO_LOSSES else []
+        ours = [args.loss_type] if args.loss_type in LOSS_TYPES else []
         require_own_config(args, ours, KTOConfig)
         example = check_datasets(require_unpaired_columns, train_dataset, eval_dataset)
         if ours and example.keys() & {"image", "images"}:
@@ -124,27 +120,26 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batch_samples) > 1 and self._ours:
-            batch_samples = with_step_scales(batch_samples)
+            batch_samples = with_steps(batch_samples)
         return batch_samples, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self._ours:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-        inputs = dict(inputs)
-        step = inputs.pop(STEP_KEY, {"scale": 1.0})
+        inputs, step = split_step(inputs)
         preferred = inputs["label"].bool()
         # The reference first: its activations are gone before those of the policy come
         ref_logps = trl_compat.unpaired_reference_logps(self, inputs)
         outputs = trl_compat.policy_forward(self, model, inputs)
         logratios = trl_compat.completion_logps(self, outputs.log_probs, inputs["completion_mask"]) - ref_logps
 
-        values, beyond_cap = density_ratio_loss(
-            self.loss_type, self.args, logratios, preferred, self.preferred_fraction
+        values, beyond_cap = objectives.density_ratio_loss(
+            self.loss_type, logratios, preferred, self.preferred_fraction, self.args
         )
         weights = losses.class_weights(preferred, self.preferred_fraction)
         weights = weights * torch.where(preferred, self.desirable_weight, self.undesirable_weight)
-        loss = step["scale"] * (weights * values).mean()
+        loss = step.scale * (weights * values).mean()
         self._record(
             {self.loss_type: loss},
             self._class_metrics(logratios.detach(), preferred, beyond_cap),
@@ -162,7 +157,7 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
         """Means per class over all ranks; a class that is not in the batch adds nothing to the average."""
         columns = {"logratios/{}": logratios}
         if beyond_cap is not None:
-            columns["ddro/capped_{}"] = beyond_cap.float()
+            columns[self.loss_type + "/capped_{}"] = beyond_cap.float()
         classes = torch.stack([preferred, ~preferred]).float()  # (2, n)
         rows = torch.stack([torch.ones_like(logratios), *columns.values()])  # (1 + columns, n)
         counts, *sums = self.accelerator.gather((rows @ classes.T).unsqueeze(0)).sum(dim=0)

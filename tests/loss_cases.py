@@ -1,0 +1,41 @@
+"""What the tests must know of each loss type: one line each. Every test that is about all losses iterates over it.
+
+A loss type that lacks a line here, a section in docs/losses.md, a paper or a plot title fails in test_every_loss.py.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+LOG2 = math.log(2)
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """
+    Parameters:
+        constant: the loss of a pair where the policy equals the reference; with wdpo its penalty comes on top.
+        settings: config fields with which the loss differs visibly from plain DPO in a tiny run.
+        metrics: what is logged under the loss's name.
+        learning_rate: of SGD, at which a tiny model learns with it in a few steps.
+        coupled: further settings under which the samples of a micro-batch are coupled, so that a step depends on how
+            it is split. None of them: every split gives the same step.
+    """
+
+    constant: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ()
+    learning_rate: float = 0.1
+    coupled: dict[str, Any] = field(default_factory=dict)
+
+
+CAPPED = ("capped_chosen", "capped_rejected")
+WEIGHTS = ("effective_sample_size", "max_weight")
+
+LOSS_CASES = {
+    "ddro": LossCase(2 * LOG2, metrics=CAPPED, learning_rate=0.01),
+    "rdro": LossCase(2 * LOG2),
+    "kldpo": LossCase(LOG2, {"kldpo_tau": 0.05}, WEIGHTS),
+    "wdpo": LossCase(LOG2, {"wdpo_rho": 0.1}, ("grad_norm", "penalty", "gap", "eps"), coupled={"wdpo_penalty": "rms"}),
+}

@@ -1,0 +1,80 @@
+"""What every loss type must have and do, by tests/loss_cases.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trl_rdro import DPOConfig, DPOTrainer
+from trl_rdro.losses.types import LOSS_TYPES, of_family
+from trl_rdro.tools.plotting import MORE_PANELS
+from trl_rdro.trainers import objectives
+
+from .loss_cases import LOSS_CASES
+from .tiny import cpu_args, save_tiny, tiny_preferences
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+# Logged for whoever sets it by hand; a constant of most runs
+NOT_PLOTTED = {"wdpo/eps"}
+
+
+def trained(model, output_dir, name, **settings):
+    args = DPOConfig(
+        **cpu_args(
+            output_dir=str(output_dir), loss_type=name, logging_steps=1, optim="sgd", lr_scheduler_type="constant"
+        ),
+        **LOSS_CASES[name].settings,
+        **settings,
+    )
+    trainer = DPOTrainer(model, args=args, train_dataset=tiny_preferences(32))
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_nothing_is_missing(name):
+    loss = LOSS_TYPES[name]
+    assert name in LOSS_CASES, f"{name} has no line in tests/loss_cases.py"
+    assert f"\n## {name}" in (DOCS / "losses.md").read_text(), f"{name} has no section in docs/losses.md"
+    assert loss.paper["title"] and loss.paper["id"] and "@" in loss.paper["citation"], f"{name} has no paper"
+    assert loss.summary and loss.family in ("density_ratio", "pair", "robust"), f"{name} is not described"
+    if loss.temperature is not None:
+        assert loss.temperature in DPOConfig.__dataclass_fields__, f"{name}: no option {loss.temperature}"
+    drawn = {metric for metrics in MORE_PANELS.values() for metric in metrics}
+    for metric in LOSS_CASES[name].metrics:
+        assert f"{name}/{metric}" in drawn | NOT_PLOTTED, f"{name}/{metric} has no plot title"
+
+
+def test_no_case_is_left_over():
+    assert list(LOSS_CASES) == list(LOSS_TYPES)
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_a_run_starts_at_the_constant_logs_its_metrics_and_learns(name, model, tmp_path):
+    case = LOSS_CASES[name]
+    logs = trained(model, tmp_path, name, max_steps=12, learning_rate=case.learning_rate)
+    assert logs[0]["loss"] - logs[0].get(f"{name}/penalty", 0) == pytest.approx(case.constant, abs=1e-4)
+    assert {key for key in logs[0] if key.startswith(f"{name}/")} == {f"{name}/{metric}" for metric in case.metrics}
+    assert logs[-1]["rewards/margins"] > logs[0]["rewards/margins"] + 1e-3
+    assert logs[-1]["loss"] < logs[0]["loss"]
+
+
+@pytest.mark.parametrize("name", [*of_family("pair"), "sigmoid", "ipo", "hinge"])
+def test_pair_losses_see_a_common_constant_only_if_the_table_says_so(name):
+    chosen, rejected = torch.randn(2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    args, lengths = DPOConfig(**cpu_args(output_dir="unused"), **settings_of(name)), torch.full((2, 16), 7)
+    values, shifted = (
+        objectives.pair_loss(name, chosen + shift, rejected + shift, lengths, args) for shift in (0.0, 0.5)
+    )
+    of_differences = name not in LOSS_TYPES or LOSS_TYPES[name].of_differences
+    assert torch.allclose(values, shifted) == of_differences
+
+
+def settings_of(name):
+    return LOSS_CASES[name].settings if name in LOSS_CASES else {}

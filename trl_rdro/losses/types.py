@@ -1,0 +1,59 @@
+"""The one table of our loss types: what everything outside a loss must know of it.
+
+Configs, help texts, trainers, guard rails, plots, model cards, the loop, the command line and the tests read it. Which
+function computes a loss, and from which options, is in `trl_rdro.trainers.objectives`.
+"""
+
+from dataclasses import dataclass
+
+from . import papers
+
+
+@dataclass(frozen=True)
+class LossType:
+    """
+    A loss type.
+
+    Parameters:
+        family (`str`):
+            `"density_ratio"`: of single completions, so that `KTOTrainer` takes it too. `"pair"`: of a pair.
+            `"robust"`: over the losses of pairs that `inner_loss_type` chooses.
+        summary (`str`):
+            What it is for, in a few words.
+        paper (`dict`):
+            Title, arXiv id and citation, as model cards take them.
+        temperature (`str`, *optional*):
+            The option that says how sharply the pairs of an optimiser step are weighed against one another. Such a
+            loss couples the pairs of the whole step.
+        of_differences (`bool`):
+            Whether the loss of a pair sees the reference only through the difference of its two log-ratios. For a
+            robust loss this is a matter of its inner loss.
+    """
+
+    family: str
+    summary: str
+    paper: dict[str, str]
+    temperature: str | None = None
+    of_differences: bool = True
+
+
+LOSS_TYPES = {
+    "ddro": LossType("density_ratio", "direct density ratio", papers.DDRO, of_differences=False),
+    "rdro": LossType("density_ratio", "relative density ratio", papers.RDRO, of_differences=False),
+    "kldpo": LossType("robust", "worst case in a KL ball", papers.ROBUST, temperature="kldpo_tau"),
+    "wdpo": LossType("robust", "worst case in a Wasserstein ball", papers.ROBUST),
+}
+
+
+def of_family(family: str) -> tuple[str, ...]:
+    """The names of a family's loss types."""
+    return tuple(name for name, loss in LOSS_TYPES.items() if loss.family == family)
+
+
+def sees_differences_only(name: str, inner: str | None) -> bool:
+    """Whether our loss `name`, with `inner` inside if it is a robust one, leaves no trace of a constant that both
+    log-ratios of a pair share. The inner losses that are TRL's (sigmoid, ipo, hinge) do not."""
+    loss = LOSS_TYPES[name]
+    if loss.family == "robust":
+        return inner not in LOSS_TYPES or LOSS_TYPES[inner].of_differences
+    return loss.of_differences
