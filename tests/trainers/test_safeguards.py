@@ -150,13 +150,43 @@ def test_guard_rails_warn_once_each(messages):
     rails = GuardRails(DPOConfig(**cpu_args(output_dir="unused", loss_type="kldpo")))
     moving = {"logratios/chosen": 0.5}
     for step in range(1, 40):
-        rails.watch(step, {**moving, "kldpo/effective_sample_size": 0.05, "ddro/capped_rejected": 0.3})
-        rails.watch(step, {**moving, "wdpo/gap": 0.2, "wdpo/eps": 1e-3})
+        rails.watch(step, {**moving, "kldpo/effective_sample_size": 0.05, "ddro/capped_rejected": 0.3}, 100, 10)
+        rails.watch(step, {**moving, "ddro/capped_chosen": 0.3}, 100, 10)
+        rails.watch(step, {**moving, "wdpo/gap": 0.2, "wdpo/eps": 1e-3}, 100, 10)
     lines = messages()
-    assert len(lines) == 3
-    assert "effective sample size is 5.0%" in lines[0] and "`kldpo_tau` (now 1.0)" in lines[0]
-    assert "30% of the rejected completions" in lines[1]
-    assert "off by more than 10% for 5 micro-batches" in lines[2]
+    assert len(lines) == 4
+    assert "effective sample size is 5.0 of the step's 100 pairs" in lines[0] and "`kldpo_tau` (now 1.0)" in lines[0]
+    assert "30% of the last rejected completions" in lines[1]
+    assert "the reference is not the mixture" in lines[2]
+    assert "off by more than 3% for 5 micro-batches" in lines[3] and "three times as much" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "share", "said"),
+    [
+        (1, 1.0, "a single pair"),
+        (8, 0.2, "1.6 of the step's 8 pairs"),
+        (8, 0.3, None),
+        (1000, 0.09, "90.0 of the step's 1000 pairs"),
+        (1000, 0.2, None),
+    ],
+)
+def test_few_pairs_are_few_for_small_and_large_steps(messages, pairs, share, said):
+    rails = GuardRails(DPOConfig(**cpu_args(output_dir="unused", loss_type="kldpo")))
+    for step in range(1, 4):
+        rails.watch(step, {"logratios/chosen": 0.5, "kldpo/effective_sample_size": share}, pairs, pairs)
+    assert [said in line for line in messages()] == ([True] if said else [])
+
+
+def test_one_capped_completion_of_four_is_no_alarm(messages):
+    """The share is that of the last fifty completions or more."""
+    rails = GuardRails(DPOConfig(**cpu_args(output_dir="unused", loss_type="ddro")))
+    for step in range(1, 60):
+        rails.watch(step, {"logratios/chosen": 0.5, "ddro/capped_rejected": 0.25 if step % 4 == 0 else 0.0}, 4, 4)
+    assert messages() == []
+    for step in range(60, 80):
+        rails.watch(step, {"logratios/chosen": 0.5, "ddro/capped_rejected": 0.5}, 4, 4)
+    assert len(messages()) == 1 and "% of the last rejected completions" in messages()[0]
 
 
 def test_guard_rails_are_silent_in_a_good_run(messages):
@@ -165,7 +195,7 @@ def test_guard_rails_are_silent_in_a_good_run(messages):
         metrics = {"logratios/chosen": 0.0 if step < 20 else 0.1, "logratios/rejected": 0.0}
         metrics |= {"kldpo/effective_sample_size": 0.11, "ddro/capped_chosen": 0.2}
         # Now and then a large gap, which the adapted step mends
-        rails.watch(step, {**metrics, "wdpo/gap": 0.5 if step % 5 else 0.01, "wdpo/eps": 1e-3})
+        rails.watch(step, {**metrics, "wdpo/gap": 0.5 if step % 5 else 0.01, "wdpo/eps": 1e-3}, 100, 100)
     assert not messages()
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import trl
 from accelerate.utils import is_peft_model
+from datasets.fingerprint import Hasher
+from torch.distributed.tensor import DTensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
@@ -58,6 +60,46 @@ def _replay(model: Callable, outputs: Any) -> Callable:
         return outputs if kwargs.get("fused_lm_head") else model(*args, **kwargs)
 
     return forward
+
+
+def overrides_compute_loss(trainer: AnyTrainer) -> bool:
+    """Whether a subclass replaces TRL's `_compute_loss`, which is not called with our losses."""
+    base = trl.DPOTrainer if isinstance(trainer, trl.DPOTrainer) else trl.KTOTrainer
+    return type(trainer)._compute_loss is not base._compute_loss
+
+
+@contextmanager
+def unchanged_requires_grad(model: torch.nn.Module):
+    """For the reference pass: PEFT lets frozen adapter weights require gradients when it switches adapters."""
+    before = [(p, p.requires_grad) for p in model.parameters()] if is_peft_model(model) else []
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+
+
+@contextmanager
+def precise_precompute_key(trainer: AnyTrainer):
+    """Let TRL's cache of precomputed reference log-probabilities know what they depend on beside data and model."""
+    args = trainer.args
+    settings = (args.max_length, getattr(args, "truncation_mode", None), getattr(trainer, "ld_alpha", None), args.bf16)
+    key = Hasher.hash((trainer._precompute_model_hash, *settings, args.fp16, str(trainer.model.dtype)))
+    with _attributes(trainer, _precompute_model_hash=key):
+        yield
+
+
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter that ZeRO-3 or FSDP2 may have sharded."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def reference_model(trainer: AnyTrainer) -> torch.nn.Module:
+    """The model that answers for the reference: the policy, its adapter off, where there is no other."""
+    return trainer.model if trainer.ref_model is None else trainer.ref_model
 
 
 @contextmanager
@@ -112,7 +154,7 @@ def pair_reference_logps(trainer: trl.DPOTrainer, inputs: dict[str, Any]) -> tor
     if trainer.precompute_ref_logps:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     settle_fsdp2(trainer.model)
-    return torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs))
+    return torch.cat(trainer.compute_ref_log_probs(reference_model(trainer), inputs))
 
 
 def pair_loss_and_metrics(
@@ -161,7 +203,7 @@ def unpaired_reference_logps(trainer: trl.KTOTrainer, inputs: dict[str, Any]) ->
     if trainer.precompute_ref_logps:
         return inputs["ref_logps"]
     settle_fsdp2(trainer.model)
-    return trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs)[0]
+    return trainer.compute_ref_log_probs(reference_model(trainer), inputs)[0]
 
 
 def unpaired_metrics(

@@ -62,7 +62,7 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
         self._ours = ours
         describe_in_model_card(self, ours)
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
-        self._set_up_safeguards(given_reference=ref_model is not None)
+        self._set_up_safeguards(model, given_reference=ref_model is not None)
         self._set_up_input_gradient_penalty()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -76,11 +76,14 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ours = [pair for pair in zip(self.loss_types, self.loss_weights, strict=True) if pair[0] in LOSS_TYPES]
         if not ours:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with trl_compat.unchanged_requires_grad(self.model):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs, step = split_step(inputs)
         # The reference first: its activations are gone before those of the policy come
         ref_logps = trl_compat.pair_reference_logps(self, inputs) if step.ref_logps is None else step.ref_logps
+        if step.noise is not None:
+            step.noise.restore()
         grad_norms, metrics = None, {}
         if self._is_penalised(step.index):
             outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, metrics)
@@ -104,13 +107,15 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
                 elif grad_norms is not None:
                     values = values + self._penalty(grad_norms, metrics)
             our_losses[name] = step.scale * values.mean()
-        means = self._record(our_losses, metrics, by_class)
+        means = self._record(our_losses, metrics, lambda: by_class, len(logratios) // 2)
         self._adapt_finite_difference(means)
 
         theirs = [pair for pair in zip(self.loss_types, self.loss_weights, strict=True) if pair not in ours]
         loss = sum(weight * our_losses[name] for name, weight in ours)
         result = trl_compat.pair_loss_and_metrics(self, model, inputs, outputs, ref_logps, theirs, return_outputs)
-        return (loss + result[0], result[1]) if return_outputs else loss + result
+        if return_outputs:
+            return loss + step.scale * result[0], result[1]
+        return loss + step.scale * result
 
     def _logratios(self, log_probs: torch.Tensor, inputs: dict[str, Any], ref_logps: torch.Tensor) -> torch.Tensor:
         """z of the completions, `(2n,)`: chosen, then rejected."""

@@ -77,7 +77,7 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
         with trl_compat.without_kl(args) if ours else nullcontext():
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
         self.loss_type = args.loss_type
-        self._set_up_safeguards(given_reference=ref_model is not None)
+        self._set_up_safeguards(model, given_reference=ref_model is not None)
         if ours and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
             logger.warning(
                 f"`desirable_weight={self.desirable_weight}` and `undesirable_weight={self.undesirable_weight}` "
@@ -125,7 +125,8 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self._ours:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with trl_compat.unchanged_requires_grad(self.model):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs, step = split_step(inputs)
         preferred = inputs["label"].bool()
@@ -142,8 +143,10 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
         loss = step.scale * (weights * values).mean()
         self._record(
             {self.loss_type: loss},
+            {},
+            lambda: {"chosen": logratios[preferred], "rejected": logratios[~preferred]},
+            len(logratios) // 2,
             self._class_metrics(logratios.detach(), preferred, beyond_cap),
-            {"chosen": logratios[preferred], "rejected": logratios[~preferred]},
         )
         if self.aux_loss_enabled:  # mixture of experts
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
@@ -153,17 +156,19 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
 
     def _class_metrics(
         self, logratios: torch.Tensor, preferred: torch.Tensor, beyond_cap: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, float]:
         """Means per class over all ranks; a class that is not in the batch adds nothing to the average."""
         columns = {"logratios/{}": logratios}
         if beyond_cap is not None:
             columns[self.loss_type + "/capped_{}"] = beyond_cap.float()
         classes = torch.stack([preferred, ~preferred]).float()  # (2, n)
         rows = torch.stack([torch.ones_like(logratios), *columns.values()])  # (1 + columns, n)
-        counts, *sums = self.accelerator.gather((rows @ classes.T).unsqueeze(0)).sum(dim=0)
+        # Not a matrix product, which TF32 would round to three digits
+        of_this_rank = (rows.unsqueeze(1) * classes).sum(dim=2).unsqueeze(0)
+        counts, *sums = self.accelerator.gather(of_this_rank).sum(dim=0).tolist()
         metrics = {}
         for i, label in enumerate(("chosen", "rejected")):
-            metrics[f"share/{label}"] = counts[i] / counts.sum()
+            metrics[f"share/{label}"] = counts[i] / sum(counts)
             if counts[i] > 0:
                 metrics |= {name.format(label): row[i] / counts[i] for name, row in zip(columns, sums, strict=True)}
         return metrics

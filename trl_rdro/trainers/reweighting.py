@@ -9,6 +9,7 @@ from ..compat import engines
 from ..compat import trl as trl_compat
 from ..losses.types import LOSS_TYPES
 from . import objectives
+from .noise import NoiseState
 from .step import Step, split_step
 
 
@@ -17,7 +18,8 @@ class Reweighting:
     Mixin of `DPOTrainer`, before TRL's class.
 
     The weights span the whole optimiser step, over ranks and accumulated micro-batches. With accumulation one
-    gradient-free policy forward for each micro-batch finds them before the step.
+    gradient-free policy forward for each micro-batch finds them before the step; the forward that is trained on gets
+    the same noise, so that the weights belong to the losses that they multiply.
     """
 
     def _prepare_step(self, batch_samples: list[dict[str, Any]]) -> None:
@@ -33,7 +35,9 @@ class Reweighting:
                 inputs, step = split_step(batch)
                 inputs = self._prepare_inputs(inputs)
                 step.ref_logps = trl_compat.pair_reference_logps(self, inputs)
+                noise = NoiseState(self.accelerator.device)
                 outputs = trl_compat.policy_forward(self, model, inputs)
+                step.noise = noise if noise.was_drawn_from() else None
                 logratios = self._logratios(outputs.log_probs, inputs, step.ref_logps)
                 step.pair_losses = self._pair_loss(self.args.inner_loss_type, logratios, inputs)
                 steps.append(step)
