@@ -8,7 +8,7 @@ import pytest
 import trl_rdro.tools.plotting as plotting
 from trl_rdro import DPOConfig, KTOConfig
 from trl_rdro.cli import main, train
-from trl_rdro.cli.plot import log_history
+from trl_rdro.tools.run_logs import log_history
 
 from ..tiny import cpu_args
 from .test_train import config, data, model, refusal  # noqa: F401  (fixtures)

@@ -13,8 +13,9 @@ from pathlib import Path
 from accelerate.commands.launch import launch_command
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .errors import UserError, user_error
-from .train import make_launch_parser, parse
+from ..errors import UserError, user_error
+from ..tools.yaml_files import read_yaml
+from .training_options import make_launch_parser, parse
 
 
 TRAINING_MODULE = "trl_rdro.cli.train"
@@ -45,17 +46,13 @@ def launch(method: str, argv: list[str]) -> int:
 
 def launch_module(module: str, module_argv: list[str], launch_argv: list[str]) -> int:
     """Run a module under `accelerate launch`."""
-    parser = make_launch_parser()
-
-    def fail(message):
-        raise UserError(message)
-
-    parser.error = fail
-    args = parser.parse_args([*launch_argv, "--module", module, *module_argv])
+    args = make_launch_parser().parse_args([*launch_argv, "--module", module, *module_argv])
     if args.training_script != module:
         raise UserError(f"unexpected argument {args.training_script}: a YAML file is given with --config FILE")
     if args.accelerate_config is not None:
         args.config_file = accelerate_config_file(args.accelerate_config)
+    if args.config_file is not None:
+        read_yaml(args.config_file)  # of which accelerate would die if it is no mapping
 
     # Where a training process fails it has already said why, in a sentence or a traceback.
     try:

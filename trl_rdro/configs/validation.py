@@ -1,8 +1,11 @@
 """Checks shared by the configurations. Each raises `ValueError` with one sentence: what is wrong, the value seen, the
 value expected, what to do."""
 
+import dataclasses
 import difflib
+import math
 from numbers import Real
+from typing import Any
 
 
 def require_in_range(
@@ -31,3 +34,23 @@ def require_reverse_kl(loss_types: list[str], f_divergence_type: str) -> None:
             "losses are functions of the log-ratio itself, which an f-divergence replaces by another score. Use the "
             "default `f_divergence_type='reverse_kl'`."
         )
+
+
+# The least values of fields that transformers, TRL and PEFT take over as they are, and die or go wrong of later
+LEAST = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("num_train_epochs", "seed", "warmup_steps"), 0),
+    **dict.fromkeys(("max_length", "lora_r"), 1),
+}
+
+
+def require_sane_numbers(config: Any) -> None:
+    """Refuse NaN in any field of a dataclass, and what is below `LEAST` or infinite in the fields there."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name, None)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if is_number and math.isnan(value):
+            raise ValueError(f"`{field.name}` must be a number, got {value!r}.")
+        if is_number and field.name in LEAST and not LEAST[field.name] <= value < math.inf:
+            raise ValueError(f"`{field.name}` must be a number >= {LEAST[field.name]}, got {value!r}.")
