@@ -44,9 +44,9 @@ def loss_strength(args: Any, tokens: float) -> float | None:
     return strength.get(loss)
 
 
-def preference_norm(preferences: Sequence[Sequence[float]]) -> float:
-    """||P - 1/2||_2 of the responses at hand: of all possible ones it can only be larger."""
-    return float(np.linalg.norm(np.asarray(preferences, dtype=float) - 0.5, 2))
+def preference_norm(preferences: Any) -> Any:
+    """||P - 1/2||_2 of the responses at hand, `(..., K, K)` to `(...)`: of all possible ones it can only be larger."""
+    return np.linalg.norm(np.asarray(preferences, dtype=float) - 0.5, ord=2, axis=(-2, -1))
 
 
 def largest_norm(responses: int) -> float:
@@ -54,9 +54,10 @@ def largest_norm(responses: int) -> float:
     return 0.5 / math.tan(math.pi / (2 * responses))
 
 
-def stability_margin(a: float, b: float, lam: float, norm: float) -> float:
-    """1 - (a + (b lam / 2) ||P - 1/2||_2). Positive is enough for stability; negative proves nothing by itself."""
-    return 1 - (a + b * lam / 2 * norm)
+def stability_margin(a: Any, b: Any, lam: Any, norm: Any) -> Any:
+    """1 - (a + (b lam / 2) ||P - 1/2||_2), of numbers or arrays. Positive is enough for stability; negative proves
+    nothing by itself."""
+    return 1 - (a + np.asarray(b) * lam / 2 * norm)
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> float:
