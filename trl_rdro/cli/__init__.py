@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         subparsers.add_parser(name, help=summary, add_help=False)
 
     argv = sys.argv[1:] if argv is None else argv
-    command = parser.parse_known_args(argv)[0].command
+    command = parser.parse_args(argv[:1]).command
     if command is None:
         parser.print_help()
         return 0
-    return import_module(f".{command}", __package__).main(argv[argv.index(command) + 1 :])
+    return import_module(f".{command}", __package__).main(argv[1:])

@@ -21,6 +21,7 @@ from .parsing import Parser, require_between, require_directory_of, require_png
 
 GRID = 100  # points along each axis of the diagram
 MOST_ROUNDS = 100_000  # a few seconds
+MOST_NUMBERS = 10**7  # rounds times answers
 LARGEST = 1e6  # b and b lam: beyond it a round's logits are noise
 
 
@@ -114,7 +115,8 @@ def reference_policy(weights: list[float] | None, answers: int) -> np.ndarray:
         raise UserError(f"--reference has {len(weights)} weights for {answers} answers")
     if not all(0 < weight < math.inf for weight in weights):
         raise UserError("--reference needs weights above 0: an answer that pi_0 never gives is never found")
-    return np.array(weights) / sum(weights)
+    shares = np.array(weights) / max(weights)
+    return shares / shares.sum()
 
 
 def report(result: dict[str, Any]) -> str:
@@ -146,6 +148,8 @@ def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     check(args)
     P = preferences(args)
+    if args.rounds * len(P) > MOST_NUMBERS:
+        raise UserError(f"{args.rounds} rounds of {len(P)} answers are too many to keep: lower --rounds")
     reference = reference_policy(args.reference, len(P))
     with user_error(ArithmeticError):
         result = dynamics.study(P, args.a, args.b, args.lam, reference, args.rounds, args.entropy_floor)

@@ -7,6 +7,7 @@ that: `loss_weights: 0.5` would be a number where a list is read, `datasets: min
 
 import dataclasses
 import enum
+import json
 import reprlib
 import types
 import typing
@@ -29,15 +30,16 @@ def field_hints(dataclass_types: list[type]) -> dict[str, Any]:
 
 def converted(name: str, value: Any, hint: Any) -> Any:
     """The value that a field takes over from a YAML file; a `UserError` if it is of another kind."""
-    options = _options(hint)
+    options = options_of(hint)
     if value is False and any(_is_enum(option) and "no" in {item.value for item in option} for option in options):
         return "no"  # what YAML makes of a bare `no`
     if isinstance(value, list) and any(typing.get_args(option) == (float,) for option in options):
         # PyYAML reads 1e-3 as text
         with user_error(ValueError, TypeError, prefix=f"`{name}` must be a list of numbers: "):
             value = [item if isinstance(item, bool) or item is None else float(item) for item in value]
-    if isinstance(value, str) and name.endswith("_kwargs") and not value.startswith("{"):
-        options = [option for option in options if option is not str]
+    if isinstance(value, str) and name.endswith("_kwargs"):
+        with user_error(ValueError, RecursionError, prefix=f"`{name}` must be a mapping, got {value!r}: "):
+            value = json.loads(value)
     if any(_fits(value, option) for option in options):
         return value
     if str in options and isinstance(value, int):
@@ -55,7 +57,7 @@ def require_mappings(parsed: list[Any]) -> None:
                 raise UserError(f"`{name}` must be a mapping, got {reprlib.repr(value)}")
 
 
-def _options(hint: Any) -> list[Any]:
+def options_of(hint: Any) -> list[Any]:
     """The members of a union, or the type itself."""
     return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
 
@@ -90,11 +92,11 @@ def _fits_fields(values: dict[str, Any], dataclass_type: type) -> bool:
     for name, value in values.items():
         if name not in hints:
             raise UserError(f"unknown key {name} in {dataclass_type.__name__}: it has {', '.join(hints)}")
-        converted(name, value, hints[name])
+        values[name] = converted(name, value, hints[name])
     for field in dataclasses.fields(dataclass_type):
         is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_required and field.name not in values:
-            raise UserError(f"a {dataclass_type.__name__} lacks the key {field.name}: it has {', '.join(values)}")
+            raise UserError(f"a {dataclass_type.__name__} must have the key {field.name}, got {values!r}")
     return True
 
 

@@ -51,7 +51,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, dict[str, tu
     possible, errors = {}, []
     for method in named or ["dpo", "kto"]:
         try:
-            possible[method] = training_options.parse(method, training_argv)[0]
+            arguments, _, unused = training_options.parse(method, training_argv)
+            training_options.refuse_stray(unused)
+            possible[method] = arguments
         except UserError as error:
             errors.append(error)
     if not possible:

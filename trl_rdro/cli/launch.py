@@ -10,11 +10,13 @@ import signal
 import subprocess
 from pathlib import Path
 
+from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..errors import UserError, user_error
 from ..tools.yaml_files import read_yaml
+from .field_values import WORDS, field_hints, options_of
 from .training_options import make_launch_parser, parse
 
 
@@ -38,6 +40,15 @@ def accelerate_config_file(name: str) -> str:
     return str(shipped / f"{name}.yaml")
 
 
+def check_accelerate_config(path: str) -> None:
+    """Refuse an accelerate config that accelerate itself, or a process that it starts, would die of."""
+    hints = field_hints([ClusterConfig])
+    for name, value in read_yaml(path).items():
+        for kind in {int, dict}.intersection(options_of(hints.get(name))):
+            if value is not None and not isinstance(value, kind):
+                raise UserError(f"the accelerate config {path} has {name} {value!r}: it must be {WORDS[kind]}")
+
+
 def launch(method: str, argv: list[str]) -> int:
     """Run the training of `method` with the command line `argv` in the processes it asks for."""
     _, launch_flags, launch_argv = parse(method, argv)
@@ -52,7 +63,7 @@ def launch_module(module: str, module_argv: list[str], launch_argv: list[str]) -
     if args.accelerate_config is not None:
         args.config_file = accelerate_config_file(args.accelerate_config)
     if args.config_file is not None:
-        read_yaml(args.config_file)  # of which accelerate would die if it is no mapping
+        check_accelerate_config(args.config_file)
 
     # Where a training process fails it has already said why, in a sentence or a traceback.
     try:

@@ -7,6 +7,7 @@ A mistake on the command line is a `UserError`: one sentence, without the usage 
 import argparse
 import importlib.util
 import math
+import os
 from pathlib import Path
 
 from ..errors import UserError
@@ -38,9 +39,9 @@ def require_directory_of(path: str | None) -> None:
     """Refuse a file to write whose directory does not exist; None is not given."""
     if path is None:
         return
-    if not Path(path).parent.is_dir():
+    if not os.path.isdir(Path(path).parent):
         raise UserError(f"cannot write {path}: there is no directory {Path(path).parent}")
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a directory")
 
 

@@ -5,7 +5,10 @@ The training run behind `trl-rdro dpo`, `trl-rdro kto` and the files in `scripts
 """
 
 import logging
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -77,8 +80,22 @@ def find_model(training_args, model_args: ModelConfig) -> None:
 
 def make_output_dir(training_args) -> None:
     """Make the directory, so that one that cannot be made is known before anything is loaded."""
+    if not training_args.output_dir:
+        raise UserError("output_dir is empty: give a directory for the model")
     with user_error(OSError, ValueError, prefix="cannot make the output_dir: "):
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _named(training_args) -> Iterator[None]:
+    """Say of an argument that a model does not know that it comes from `model_init_kwargs`."""
+    try:
+        yield
+    except TypeError as error:
+        for name in training_args.model_init_kwargs:
+            if f"unexpected keyword argument '{name}'" in str(error):
+                raise UserError(f"`model_init_kwargs` has the key {name}, which the model does not take") from error
+        raise
 
 
 def build_trainer(method: str, script_args, training_args, model_args, dataset_args):
@@ -87,7 +104,7 @@ def build_trainer(method: str, script_args, training_args, model_args, dataset_a
     with_eval = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_data(script_args, dataset_args, with_eval)
 
-    with user_error(ValueError, OSError, ImportError, NotImplementedError):
+    with user_error(ValueError, OSError, ImportError, NotImplementedError, re.error), _named(training_args):
         trainer = getattr(trl_rdro, f"{method.upper()}Trainer")(
             model=model_args.model_name_or_path,
             args=training_args,

@@ -8,6 +8,7 @@ ends the run before anything is loaded.
 
 import difflib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
@@ -19,7 +20,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 import trl_rdro
 
-from ..configs.validation import require_sane_numbers
+from ..configs.validation import require_choice, require_sane_numbers
 from ..errors import UserError, user_error
 from ..tools.yaml_files import read_yaml
 from .field_values import converted, field_hints, require_mappings
@@ -81,20 +82,21 @@ def parse_strictly(parser: TrainingParser, argv: list[str]) -> tuple[list, list[
     settings = {name: converted(name, settings[name], hints.get(name, Any)) for name in settings}
     _set_environment(settings.pop("env", {}))
     from_file = parser.set_defaults_with_config(**settings)
+    launch_actions = make_launch_parser()._option_string_actions
+    options = [*from_file[::2], *(token for token in parser.parse_known_args(argv)[1] if token.startswith("--"))]
+    _refuse_unknown(options, parser._option_string_actions, launch_actions)
     with user_error(ValueError, TypeError, OSError, ImportError):
+        for action in parser._actions:
+            if action.dest in settings and action.choices is not None:  # argparse does not look at defaults
+                value = settings[action.dest]
+                for item in value if isinstance(value, list) else [value]:
+                    require_choice(action.dest, item, list(action.choices))
         *parsed, from_command_line = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
         require_mappings(parsed)
         for arguments in parsed:
             require_sane_numbers(arguments)
-
-    launch_actions = make_launch_parser()._option_string_actions
-    for token in from_file[::2] + [token for token in from_command_line if token.startswith("--")]:
-        option = token.split("=")[0]
-        if option not in launch_actions:
-            known = difflib.get_close_matches(option, [*parser._option_string_actions, *launch_actions], n=1)
-            raise UserError(f"unknown option {option}" + (f", did you mean {known[0]}?" if known else ""))
 
     # A switch in YAML is a boolean, on the command line it stands alone.
     launch_flags = []
@@ -103,7 +105,16 @@ def parse_strictly(parser: TrainingParser, argv: list[str]) -> tuple[list, list[
             launch_flags += [option, value]
         elif value == "True":
             launch_flags += [option]
+        elif value != "False":
+            raise UserError(f"{option} is a switch: it must be true or false, got {value!r}")
     return parsed, launch_flags, from_command_line
+
+
+def _refuse_unknown(options: list[str], *known: Mapping[str, Any]) -> None:
+    for option in (token.partition("=")[0] for token in options):
+        if not any(option in actions for actions in known):
+            near = difflib.get_close_matches(option, [name for actions in known for name in actions], n=1)
+            raise UserError(f"unknown option {option}" + (f", did you mean {near[0]}?" if near else ""))
 
 
 def _set_environment(variables: Any) -> None:
@@ -150,3 +161,9 @@ def refuse_launch_flags(unused: list[str]) -> None:
     """Refuse flags of `accelerate launch` where nothing is launched any more: in a process that was."""
     if unused:
         raise UserError(f"{unused[0]} is not an option of the script: flags of `accelerate launch` go before its name")
+
+
+def refuse_stray(unused: list[str]) -> None:
+    """Refuse what is no option, where flags of `accelerate launch` may stand and mean nothing."""
+    if unused and not unused[0].startswith("--"):
+        raise UserError(f"unexpected argument {unused[0]}: a YAML file is given with --config FILE")

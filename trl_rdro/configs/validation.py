@@ -36,21 +36,27 @@ def require_reverse_kl(loss_types: list[str], f_divergence_type: str) -> None:
         )
 
 
-# The least values of fields that transformers, TRL and PEFT take over as they are, and die or go wrong of later
-LEAST = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "dataloader_num_workers"), 0),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("num_train_epochs", "seed", "warmup_steps"), 0),
-    **dict.fromkeys(("max_length", "lora_r"), 1),
+# Fields that transformers, TRL and PEFT take over as they are, and die or go wrong of later: least value, and bound
+RANGES = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs", "seed"), (0, math.inf)),
+    **dict.fromkeys(("warmup_steps", "dataloader_num_workers"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), (0, 1)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "max_length"), (1, math.inf)),
+    **dict.fromkeys(("ref_model_sync_steps", "precompute_ref_batch_size", "dataset_num_proc"), (1, math.inf)),
+    **dict.fromkeys(("lora_r", "lora_alpha"), (1, math.inf)),
 }
 
 
 def require_sane_numbers(config: Any) -> None:
-    """Refuse NaN in any field of a dataclass, and what is below `LEAST` or infinite in the fields there."""
+    """Refuse NaN in any field of a dataclass, and what is outside `RANGES` in the fields there."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name, None)
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if is_number and math.isnan(value):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            continue
+        if math.isnan(value):
             raise ValueError(f"`{field.name}` must be a number, got {value!r}.")
-        if is_number and field.name in LEAST and not LEAST[field.name] <= value < math.inf:
-            raise ValueError(f"`{field.name}` must be a number >= {LEAST[field.name]}, got {value!r}.")
+        if field.name in RANGES:
+            least, bound = RANGES[field.name]
+            expected = f"a number >= {least}" + (f" and < {bound}" if bound < math.inf else "")
+            require_in_range(field.name, value, least, bound, expected, low_included=True)

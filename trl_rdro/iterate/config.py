@@ -7,8 +7,9 @@ from types import NoneType
 from typing import Any
 
 from ..configs.validation import require_choice, require_in_range, require_sane_numbers
+from .margins import largest_norm, stability_margin
 from .references import needs_distribution
-from .stability import largest_norm, loss_strength, stability_margin
+from .stability import loss_strength
 
 
 METHODS = ("dpo", "kto")

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from .stability import preference_norm, stability_margin
+from .margins import preference_norm, stability_margin
 
 
 STABLE, OSCILLATING, COLLAPSING = REGIMES = ("stable", "oscillating", "collapsing")

@@ -9,7 +9,8 @@ import numpy as np
 from .config import IterateConfig
 from .files import Row, read_json, read_rows
 from .judges import Judge, MissingLabels
-from .stability import distance, loss_strength, mean_and_error, near_return, preference_norm, stability_margin
+from .margins import preference_norm, stability_margin
+from .stability import distance, loss_strength, mean_and_error, near_return
 
 
 Figures = dict[str, Any]

@@ -4,6 +4,7 @@ Models, tokenizers and data sets by their names: a directory, a file or a hub id
 Each of these functions raises a `UserError` that says what could not be loaded and where it was looked for.
 """
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv
 @contextmanager
 def loading(what: str, name: str, *exceptions: type[Exception], local: str = "directory") -> Iterator[None]:
     """Turn `exceptions` in the body into "cannot load `what` `name`", and say so if nothing local has that name."""
-    where = "" if Path(name).exists() else f" (not a local {local}, and not found on the hub)"
+    where = "" if os.path.exists(name) else f" (not a local {local}, and not found on the hub)"
     with user_error(*exceptions, prefix=f"cannot load {what} {name}{where}: "):
         yield
 
@@ -30,7 +31,9 @@ def loading(what: str, name: str, *exceptions: type[Exception], local: str = "di
 def file_builder(name: str) -> str | None:
     """The builder for a dataset given as a file, or None for a directory or a hub id."""
     path = Path(name)
-    if path.is_file():
+    with user_error(OSError, ValueError):  # a name that no file can have
+        is_file = path.is_file()
+    if is_file:
         if path.suffix not in FILE_BUILDERS:
             raise UserError(f"cannot read the dataset {name}: its type is not one of {', '.join(FILE_BUILDERS)}")
         return FILE_BUILDERS[path.suffix]
@@ -72,7 +75,7 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     """The config of a model, which tells whether there is one of that name."""
     from transformers import AutoConfig
 
-    with loading("the model", name, OSError, ValueError):
+    with loading("the model", name, Exception):  # whatever a file may hold, and code that comes with it
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 

@@ -6,8 +6,8 @@ one that got furthest is taken.
 """
 
 import json
+import os
 from collections.abc import Iterable
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ STATE = "trainer_state.json"
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Whether a logged value can be drawn: a float, or a whole number that one can hold."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, float) or (is_whole and abs(value) < 2**63)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def log_history(run: str) -> list[dict]:
     """The log history of a run: of its end, or of its last complete checkpoint where that is further."""
     directory = Path(run)
-    if not directory.is_dir():
+    if not os.path.isdir(run):
         raise UserError(f"no such directory: {run}")
     states = [read_state(directory / STATE)] if (directory / STATE).exists() else []
     reached = states[0].get("global_step", 0) if states else -1
@@ -56,5 +58,5 @@ def log_history(run: str) -> list[dict]:
 def labels(runs: Iterable[str]) -> list[str]:
     """A name for each run: the last part of its path, or the path itself where two runs share that."""
     runs = list(runs)
-    names = [Path(run).resolve().name for run in runs]
+    names = [os.path.basename(os.path.abspath(run)) for run in runs]
     return [run if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]

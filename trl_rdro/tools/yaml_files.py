@@ -12,13 +12,16 @@ import yaml
 from ..errors import UserError, user_error
 
 
+LARGEST = 10_000_000  # bytes of a file
 MOST_VALUES = 100_000  # in a file, with its anchors written out
 
 
 def read_text(path: str | Path) -> str:
     """The text of a file; a `UserError` that names it where it cannot be read or is not text."""
-    with user_error(OSError):
-        data = Path(path).read_bytes()
+    with user_error(OSError), open(path, "rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise UserError(f"cannot read {path}: it has more than {LARGEST} bytes, which no settings have")
     with user_error(UnicodeDecodeError, prefix=f"cannot read {path}, which is not text in UTF-8: "):
         return data.decode("utf-8")
 

@@ -39,13 +39,15 @@ def read_shape(config: PretrainedConfig, lora_targets: str | list[str] | None = 
         lora_r: the rank, 0 for no LoRA.
 
     Raises:
-        `ValueError`: for a target that no linear layer has the name of.
+        `ValueError`: for a target that no linear layer has the name of, and a model without linear layers.
     """
     text = config.get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if not linears:
+        raise ValueError("it has no linear layers beside its LM head")
     adapted = _adapted(linears, lora_targets) if lora_r else []
     return Shape(
         layers=text.num_hidden_layers,

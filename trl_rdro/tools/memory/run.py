@@ -80,6 +80,8 @@ def engine_of(accelerate: Mapping[str, Any], gpus: int) -> dict[str, Any]:
     if kind == "FSDP":
         fsdp = _section(accelerate, "fsdp_config")
         return {"engine": "fsdp", "offload_param": bool(fsdp.get("fsdp_offload_params"))}
+    if kind not in (None, "NO", "DEEPSPEED") and not str(kind).startswith("MULTI_"):
+        raise ValueError(f"the accelerate config has distributed_type {kind!r}, which is not known here")
     if kind != "DEEPSPEED":
         return {"engine": "ddp" if gpus > 1 else "single"}
     deepspeed = _section(accelerate, "deepspeed_config")
