@@ -40,7 +40,11 @@ def converted(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, str) and name.endswith("_kwargs"):
         with user_error(ValueError, RecursionError, prefix=f"`{name}` must be a mapping, got {value!r}: "):
             value = json.loads(value)
-    if any(_fits(value, option) for option in options):
+    try:
+        fits = any(_fits(value, option) for option in options)
+    except UserError as error:  # about a key in it
+        raise UserError(f"`{name}`: {error}") from error
+    if fits:
         return value
     if str in options and isinstance(value, int):
         return str(value)  # as on the command line: `run_name: 2026`, `resume_from_checkpoint: true`

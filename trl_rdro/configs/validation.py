@@ -38,7 +38,8 @@ def require_reverse_kl(loss_types: list[str], f_divergence_type: str) -> None:
 
 # Fields that transformers, TRL and PEFT take over as they are, and die or go wrong of later: least value, and bound
 RANGES = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs", "seed"), (0, math.inf)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs"), (0, math.inf)),
+    "seed": (0, 2**32),
     **dict.fromkeys(("warmup_steps", "dataloader_num_workers"), (0, math.inf)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), (0, 1)),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),

@@ -69,19 +69,24 @@ def _adapted(linears: dict[str, nn.Linear], targets: str | list[str] | None) -> 
     """The layers that PEFT adapts: all, those whose name matches an expression, or those of a list of names."""
     if targets == "all-linear":
         return list(linears.values())
-    if isinstance(targets, str):
+    if isinstance(targets, str):  # so TRL gives a list of one, too
         patterns = {targets: targets}
     else:
         # PEFT's own choice for Llama and Qwen2
-        patterns = {target: re.escape(target) for target in targets or ("q_proj", "v_proj")}
+        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets or ("q_proj", "v_proj")}
     adapted: dict[str, nn.Linear] = {}
     for target, pattern in patterns.items():
         try:
-            found = {name: m for name, m in linears.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)}
+            found = {name: module for name, module in linears.items() if re.fullmatch(pattern, name)}
         except re.error as error:
             raise ValueError(f"the LoRA target {target} is no regular expression: {error}") from error
         if not found:
             names = sorted({name.rpartition(".")[2] for name in linears})
-            raise ValueError(f"no linear layer is called {target}, for LoRA to adapt: there are {', '.join(names)}")
+            hint = ""
+            if target in names:
+                hint = rf" (a single target is an expression for whole names: write '.*\.{target}')"
+            raise ValueError(
+                f"no linear layer is called {target}{hint}, for LoRA to adapt: there are {', '.join(names)}"
+            )
         adapted |= found
     return list(adapted.values())
