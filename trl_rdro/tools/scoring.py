@@ -227,6 +227,8 @@ def score(
 
     Raises:
         `UserError`: where a model cannot be loaded, no row is left, or the scores are not finite or not comparable.
+
+    (Longer than most functions for its arguments and what it returns.)
     """
     policy = load_policy(model, dtype, trust_remote_code)
     with user_error(Exception, prefix="TRL cannot prepare these rows: "):
@@ -236,16 +238,16 @@ def score(
     loaded_dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
 
     scores = completion_logps(policy.model, rows, batch_size, "model")
-    if reference is None and policy.is_adapter:
-        reference = f"{policy.model.peft_config['default'].base_model_name_or_path} (adapter off)"
-        scores -= completion_logps(policy.model, rows, batch_size, "reference", policy.base())
-    elif reference is not None:
+    if reference is not None:
         vocabulary = policy.tokenizer.get_vocab()
         del policy.model  # one model at a time
         policy = load_policy(reference, dtype, trust_remote_code)
         if policy.tokenizer.get_vocab() != vocabulary:
             raise UserError(f"{reference} has another vocabulary than {model}: their log-ratio means nothing")
         scores -= completion_logps(policy.model, rows, batch_size, "reference")
+    elif policy.is_adapter:
+        reference = f"{policy.model.peft_config['default'].base_model_name_or_path} (adapter off)"
+        scores -= completion_logps(policy.model, rows, batch_size, "reference", policy.base())
     if not scores.isfinite().all():
         raise UserError(f"the scores are not finite in {loaded_dtype}: try dtype float32 (float16 overflows easily)")
     return {

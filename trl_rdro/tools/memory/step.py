@@ -54,7 +54,10 @@ def head_tiles(shape: Shape, run: Run, backward: bool) -> float:
 
 
 def moments(shape: Shape, run: Run) -> Iterator[tuple[str, dict[str, float]]]:
-    """The moments of a step in which memory can peak, with what comes on top of the persistent tensors."""
+    """The moments of a step in which memory can peak, with what comes on top of the persistent tensors.
+
+    Long because it is one sum after the other, in the order of a step, over terms that the moments share.
+    """
     rows, layers = run.rows, shape.layers
     tokens = rows * run.length
     stream, compute = run.weight_bytes, run.compute_bytes
