@@ -16,16 +16,12 @@ from pathlib import Path
 
 import yaml
 
+from trl_rdro.tools.recipes import read_header
+
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
 MARKS = "<!-- recipes -->\n", "<!-- /recipes -->"
-
-
-def read_header(path: Path) -> dict[str, str]:
-    """The `# name: value` lines at the top of a recipe."""
-    header = re.match(r"(?:#.*\n)*", path.read_text()).group()
-    return dict(re.findall(r"^# (method|accelerate|gpus|memory): (.+)$", header, re.MULTILINE))
 
 
 def memory_line(path: Path, configs: Path) -> str:

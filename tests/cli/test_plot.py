@@ -8,7 +8,7 @@ import pytest
 import trl_rdro.tools.plotting as plotting
 from trl_rdro import DPOConfig, KTOConfig
 from trl_rdro.cli import main, train
-from trl_rdro.cli.plot import log_history
+from trl_rdro.tools.run_logs import log_history
 
 from ..tiny import cpu_args
 from .test_train import config, data, model, refusal  # noqa: F401  (fixtures)
@@ -125,6 +125,31 @@ def test_refusals(tmp_path, monkeypatch, capsys, argv, words):
     message = refusal(capsys, main(["plot", *argv]))
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"log_history": [1, 2]}, "entry 0 of its log_history"),
+        ({"log_history": [{"step": 1, "loss": 1.0}, None]}, "entry 1 of its log_history"),
+        ({"log_history": [{"loss": 1.0}]}, "a number for `step`"),
+        ({"log_history": [{"step": "one", "loss": 1.0}]}, "a number for `step`"),
+        ({"log_history": [{"step": 10**400, "loss": 1.0}]}, "a number for `step`"),
+        ({"log_history": [{"step": 1, "loss": "low"}]}, "nothing to draw"),
+        ({"log_history": [{"step": 1, "loss": [1.0]}]}, "nothing to draw"),
+        ({"log_history": {"step": 1}}, "no log_history"),
+        ({"log_history": None}, "no log_history"),
+        ({"global_step": "one", "log_history": []}, "global_step"),
+        (b"\xff\x00", "cannot read"),
+        (b"[" * 100_000, "cannot read"),
+    ],
+)
+def test_a_state_that_cannot_be_drawn(tmp_path, capsys, content, words):
+    path = tmp_path / "run" / "trainer_state.json"
+    path.parent.mkdir()
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    message = refusal(capsys, main(["plot", str(path.parent), "--output", str(tmp_path / "c.png")]))
+    assert words in message and "run" in message
 
 
 @pytest.mark.parametrize("config_class", [DPOConfig, KTOConfig])

@@ -360,13 +360,6 @@ def test_help_lists_our_options_and_trls(capsys, method, own):
         assert option in printed
 
 
-def test_unknown_command(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["dpoo"])
-    assert exit.value.code == 2
-    assert "invalid choice" in capsys.readouterr().err
-
-
 def test_quickstart_recipe_is_strictly_valid():
     path = str(ROOT / "recipes" / "quickstart.yaml")
     (script_args, args, _, _), *_ = train.parse(

@@ -3,6 +3,8 @@
 import importlib.util
 from dataclasses import dataclass, field
 
+from .validation import require_sane_numbers
+
 
 @dataclass
 class RunConfig:
@@ -21,6 +23,7 @@ class RunConfig:
     )
 
     def _validate_run(self) -> None:
+        require_sane_numbers(self)
         if not isinstance(self.plot, bool):
             raise ValueError(f"`plot` must be True or False, got {self.plot!r}.")
         if self.plot and importlib.util.find_spec("matplotlib") is None:

@@ -3,11 +3,13 @@
 import importlib.util
 import math
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
-from ..configs.validation import require_choice, require_in_range
+from ..configs.validation import require_choice, require_in_range, require_sane_numbers
+from .margins import largest_norm, stability_margin
 from .references import needs_distribution
-from .stability import largest_norm, loss_strength, stability_margin
+from .stability import loss_strength
 
 
 METHODS = ("dpo", "kto")
@@ -119,6 +121,7 @@ class IterateConfig:
     )
 
     def __post_init__(self):
+        require_sane_numbers(self)
         require_choice("method", self.method, list(METHODS))
         require_choice("pair_selection", self.pair_selection, list(SELECTIONS))
         for name in ("reference_mix", "sampling_mix"):
@@ -160,6 +163,8 @@ class IterateConfig:
                 "Set one of `reward_funcs`, `preference_func` and `labelled_file`, which judge the completions; got "
                 f"{' and '.join(given) or 'none'}."
             )
+        if not isinstance(self.reward_funcs, (list, NoneType)):
+            raise ValueError(f"`reward_funcs` must be a list of dotted paths, got {self.reward_funcs!r}.")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs or []):
             raise ValueError(
                 f"`reward_weights` must have a weight for each of the {len(self.reward_funcs or [])} `reward_funcs`, "
@@ -235,4 +240,4 @@ class IterateConfig:
         strength = None if needs_distribution(args) else loss_strength(args, self.max_completion_length)
         if strength is None:
             return None
-        return stability_margin(self.a, strength, self.sampling_mix, largest_norm(self.samples_per_prompt))
+        return float(stability_margin(self.a, strength, self.sampling_mix, largest_norm(self.samples_per_prompt)))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from trl import get_peft_config, get_quantization_config
 
-from ..compat import trl as trl_compat
+from ..tools.loading import load_model
 
 
 class Policies:
@@ -54,14 +54,13 @@ class Policies:
         quantization_config = get_quantization_config(self.model_args)
         if quantization_config is not None:
             kwargs |= {"quantization_config": quantization_config, "device_map": {"": self.args.device}}
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs).eval()
+        model = load_model(name, **kwargs)
         if quantization_config is None:
             model.to(self.args.device)
         ends = model.generation_config.eos_token_id
         self.end_tokens |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
         # What a model's author advises for chats (a temperature, a repetition penalty) is another distribution
         model.generation_config = GenerationConfig()
-        trl_compat.add_fused_lm_head(model)
         if self.model_args.use_peft:
             from peft import get_peft_model  # an optional dependency
 

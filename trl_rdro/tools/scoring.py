@@ -5,13 +5,10 @@ The score of a completion is its log-ratio log p(completion | prompt) - log p_re
 tokens: beta times it is DPO's implicit reward. Rows are prepared, truncated and masked by TRL's own code, and the
 log-probabilities come from its fused head, so the figures are those that training logs.
 
-    policy, reference = load_policy("runs/quickstart")          # a model, or an adapter and what it was trained from
-    rows = prepare(dataset, policy.tokenizer, max_length=1024)
-    logps = completion_logps(policy.model, rows, batch_size=8, description="policy")
-    summary = summarise(rows, logps - reference_logps, groups=["domain"])
+    result = score(dataset, "runs/quickstart", groups=["domain"])    # an adapter against its model, or a model alone
+    result["overall"]["accuracy"]["mean"]
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,12 +18,30 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from ..compat import trl as trl_compat
+from ..errors import UserError, user_error
+from .loading import load_model, loading
+from .score_figures import area_under_curve, mean_and_error, pair_figures, unpaired_figures
 
 
+__all__ = [
+    "Policy",
+    "PreparedRows",
+    "area_under_curve",
+    "completion_logps",
+    "default_dtype",
+    "load_policy",
+    "mean_and_error",
+    "pair_figures",
+    "per_row",
+    "prepare",
+    "score",
+    "summarise",
+    "unpaired_figures",
+]
 ROW = "trl_rdro_row"  # a row's place in the data set before rows were dropped
 
 
@@ -53,36 +68,31 @@ def default_dtype() -> torch.dtype:
     return torch.float32 if PartialState().device.type == "cpu" else torch.bfloat16
 
 
-def load_policy(name: str, dtype: torch.dtype | str, trust_remote_code: bool = False) -> Policy:
+def load_policy(name: str, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False) -> Policy:
     """
     Load a model, or a PEFT adapter on the model that it names, for scoring.
 
     Raises:
-        `ValueError`: for an adapter that changes the output head, which TRL's fused head would pass over.
+        `UserError`: where it cannot be loaded, and for an adapter that changes the output head, which TRL's fused head
+            would pass over.
     """
-    adapter_config = find_adapter_config_file(name)
-    base_name = name
-    if adapter_config is not None:
-        from peft import PeftConfig, PeftModel  # an optional dependency
+    with loading("the model", name, OSError, ValueError, ImportError):
+        is_adapter = find_adapter_config_file(name) is not None
+        base_name = name
+        if is_adapter:
+            from peft import PeftConfig  # an optional dependency
 
-        base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+            base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
     options = {"trust_remote_code": trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(base_name, dtype=dtype, **options)
-    trl_compat.add_fused_lm_head(model)
-    if adapter_config is not None:
-        model = PeftModel.from_pretrained(model, name)
-        if type(model.get_output_embeddings()).__module__.startswith("peft."):
-            raise ValueError(
-                "the adapter changes the output head, which is not supported: merge it into its model "
-                "(merge_and_unload) and score the result"
-            )
+    model = load_model(base_name, name if is_adapter else None, dtype=dtype or default_dtype(), **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError):
-        tokenizer = AutoTokenizer.from_pretrained(base_name, **options)
+        with loading("the tokenizer of", base_name, OSError, ValueError):
+            tokenizer = AutoTokenizer.from_pretrained(base_name, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Policy(name, model.eval().to(PartialState().device), tokenizer, adapter_config is not None)
+    return Policy(name, model.to(PartialState().device), tokenizer, is_adapter)
 
 
 # Data
@@ -159,59 +169,7 @@ def completion_logps(
     return result if rows.is_paired else result[:, 0]
 
 
-# Figures
-
-
-def mean_and_error(values: torch.Tensor) -> dict[str, float | None]:
-    """The mean of one value per row, and its standard error (None for fewer than two)."""
-    n = len(values)
-    if n == 0:
-        return {"mean": None, "standard_error": None}
-    return {
-        "mean": values.mean().item(),
-        "standard_error": (values.std() / math.sqrt(n)).item() if n > 1 else None,
-    }
-
-
-def pair_figures(scores: torch.Tensor) -> dict[str, Any]:
-    """Of `(n, 2)` scores: accuracy (a tie counts one half), margin, and the mean score of each side."""
-    chosen, rejected = scores.unbind(dim=1)
-    correct = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-    return {
-        "n": len(scores),
-        "accuracy": mean_and_error(correct),
-        "margin": mean_and_error(chosen - rejected),
-        "chosen": mean_and_error(chosen),
-        "rejected": mean_and_error(rejected),
-    }
-
-
-def unpaired_figures(scores: torch.Tensor, preferred: torch.Tensor) -> dict[str, Any]:
-    """Of `(n,)` scores and labels: the mean score of each class, and the AUC, the chance that a preferred completion
-    scores above a non-preferred one (ties count one half), with DeLong's standard error."""
-    above, below = scores[preferred], scores[~preferred]
-    return {
-        "n": len(scores),
-        "auc": area_under_curve(above, below),
-        "preferred": {"n": len(above), **mean_and_error(above)},
-        "non_preferred": {"n": len(below), **mean_and_error(below)},
-    }
-
-
-def area_under_curve(above: torch.Tensor, below: torch.Tensor) -> dict[str, float | None]:
-    if not len(above) or not len(below):
-        return {"mean": None, "standard_error": None}
-
-    def share_below(values, others):  # (n,), each value's share of the others below it
-        others = others.sort().values
-        left, right = torch.searchsorted(others, values), torch.searchsorted(others, values, right=True)
-        return (left + right).double() / (2 * len(others))
-
-    placements = share_below(above, below), 1 - share_below(below, above)
-    error = None
-    if min(len(above), len(below)) > 1:
-        error = math.sqrt(sum((values.var() / len(values)).item() for values in placements))
-    return {"mean": placements[0].mean().item(), "standard_error": error}
+# Results
 
 
 def summarise(rows: PreparedRows, scores: torch.Tensor, groups: list[str] | None = None) -> dict[str, Any]:
@@ -244,3 +202,64 @@ def per_row(rows: PreparedRows, scores: torch.Tensor) -> list[dict[str, Any]]:
         {"row": row, "label": label, "score": score}
         for row, label, score in zip(numbers, labels, scores.tolist(), strict=True)
     ]
+
+
+def score(
+    dataset: Dataset,
+    model: str,
+    reference: str | None = None,
+    groups: list[str] | None = None,
+    batch_size: int = 8,
+    max_length: int | None = 1024,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """
+    Score a data set of pairs or labelled completions: all that `trl-rdro score` prints and writes of it.
+
+    Args:
+        dataset: columns prompt, chosen, rejected, or prompt, completion, label.
+        model: a directory or hub id, of a model or an adapter.
+        reference: another one, or None for an adapter's own model; a model without one has plain log-probabilities.
+        groups: columns whose values are summarised too.
+        max_length: tokens that a row is truncated to, as in training; None for all.
+        dtype: of the weights, or None for bfloat16 on an accelerator and float32 on a CPU.
+
+    Raises:
+        `UserError`: where a model cannot be loaded, no row is left, or the scores are not finite or not comparable.
+
+    (Longer than most functions for its arguments and what it returns.)
+    """
+    policy = load_policy(model, dtype, trust_remote_code)
+    with user_error(Exception, prefix="TRL cannot prepare these rows: "):
+        rows = prepare(dataset, policy.tokenizer, max_length)
+    if not len(rows.dataset):
+        raise UserError(f"no row has a prompt shorter than max_length {max_length}: raise it")
+    loaded_dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
+
+    scores = completion_logps(policy.model, rows, batch_size, "model")
+    if reference is not None:
+        vocabulary = policy.tokenizer.get_vocab()
+        del policy.model  # one model at a time
+        policy = load_policy(reference, dtype, trust_remote_code)
+        if policy.tokenizer.get_vocab() != vocabulary:
+            raise UserError(f"{reference} has another vocabulary than {model}: their log-ratio means nothing")
+        scores -= completion_logps(policy.model, rows, batch_size, "reference")
+    elif policy.is_adapter:
+        reference = f"{policy.model.peft_config['default'].base_model_name_or_path} (adapter off)"
+        scores -= completion_logps(policy.model, rows, batch_size, "reference", policy.base())
+    if not scores.isfinite().all():
+        raise UserError(f"the scores are not finite in {loaded_dtype}: try dtype float32 (float16 overflows easily)")
+    return {
+        "model": model,
+        "reference": reference,
+        "score": "log-probability" if reference is None else "log-ratio",
+        "format": "pairs" if rows.is_paired else "labelled completions",
+        "rows": len(dataset),
+        "dropped": rows.dropped,
+        "truncated": rows.truncated,
+        "max_length": max_length,
+        "dtype": loaded_dtype,
+        **summarise(rows, scores, groups),
+        "scores": per_row(rows, scores),
+    }
