@@ -25,7 +25,6 @@ from .training_options import (
     parse_strictly,
     refuse_launch_flags,
     require_model_name,
-    require_trackers,
     take_config,
 )
 
@@ -73,7 +72,6 @@ def parse(argv: list[str]) -> tuple[tuple, Judge, list[str], list[str]]:
         make_parser(find_method(argv)), argv
     )
     require_model_name(model_args)
-    require_trackers(args)
     if script_args.dataset_name is None:
         raise UserError("no prompts given: set dataset_name (a hub id, directory or file with a column prompt)")
     with user_error(ValueError):

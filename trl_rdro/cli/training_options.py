@@ -12,15 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 import trl_rdro
 
-from ..configs.validation import require_choice, require_sane_numbers
+from ..configs.ranges import RANGES
+from ..configs.validation import require_choice, validate_fields
 from ..errors import UserError, user_error
 from ..tools.yaml_files import read_yaml
 from .field_values import converted, field_hints, require_mappings
@@ -96,7 +93,7 @@ def parse_strictly(parser: TrainingParser, argv: list[str]) -> tuple[list, list[
         )
         require_mappings(parsed)
         for arguments in parsed:
-            require_sane_numbers(arguments)
+            validate_fields(arguments, RANGES)
 
     # A switch in YAML is a boolean, on the command line it stands alone.
     launch_flags = []
@@ -135,7 +132,6 @@ def parse(method: str, argv: list[str]) -> tuple[tuple, list[str], list[str]]:
     parsed, launch_flags, from_command_line = parse_strictly(make_parser(method), argv)
     script_args, training_args, model_args, dataset_args = parsed
     require_model_name(model_args)
-    require_trackers(training_args)
     if script_args.dataset_name is None and not dataset_args.datasets:
         raise UserError("no dataset given: set dataset_name (a hub id, directory or file) or a list of datasets")
     return (script_args, training_args, model_args, dataset_args), launch_flags, from_command_line
@@ -144,17 +140,6 @@ def parse(method: str, argv: list[str]) -> tuple[tuple, list[str], list[str]]:
 def require_model_name(model_args: ModelConfig) -> None:
     if model_args.model_name_or_path is None:
         raise UserError("no model given: set model_name_or_path to a local directory or a hub id")
-
-
-def require_trackers(training_args: Any) -> None:
-    """Refuse a tracker that is unknown or not installed, which the trainer finds after loading the model."""
-    for name in training_args.report_to or []:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise UserError(
-                f"`report_to` has no value {name!r}: choose none or from {', '.join(INTEGRATION_TO_CALLBACK)}"
-            )
-        if name not in {*get_available_reporting_integrations(), "flyte"}:  # flyte is in no list
-            raise UserError(f"`report_to` names {name}, which is not installed: install it, or set report_to: none")
 
 
 def refuse_launch_flags(unused: list[str]) -> None:

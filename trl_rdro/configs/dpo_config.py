@@ -1,15 +1,16 @@
 """TRL's `DPOConfig` with our losses."""
 
-import math
 import re
 from dataclasses import dataclass, field
 
 import trl
 
 from ..losses.types import LOSS_TYPES, of_family
-from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig
+from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig, require_cap_above_start
+from .ranges import RANGES
 from .run_config import RunConfig
-from .validation import require_choice, require_in_range, require_reverse_kl
+from .unused_options import warn_of_unused_options
+from .validation import Range, require, require_choice, require_reverse_kl, validate_fields
 
 
 ROBUST_LOSSES = of_family("robust")
@@ -19,9 +20,14 @@ INNER_LOSSES = ("sigmoid", "ipo", "hinge", *of_family("pair"))
 WDPO_PENALTIES = ("squared", "rms")
 TRL_SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
+FLIPPED = Range("[0, 0.5)", "It is the assumed probability that a label is flipped.")
+# Density ratios and likelihoods are of the log-ratio itself; for them beta only scales the logged rewards
+LOSSES_WITHOUT_BETA = {*DENSITY_RATIO_LOSSES, "sft"}
+
 _TRL_LOSS_TYPE_HELP = trl.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
 # TRL does not validate `loss_type`, and names the possible ones in its help text only
 TRL_DPO_LOSSES = tuple(re.findall(r"`'(\w+)'`", _TRL_LOSS_TYPE_HELP))
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 @dataclass
@@ -115,11 +121,14 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self._validate_loss_types()
+        validate_fields(self, RANGES)
+        require_choice("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)
         self._validate_run()
-        self._validate_density_ratio()
-        self._validate_robust()
-        self._validate_combinations()
+        self._validate_loss_weights()
+        self._validate_losses_of_trl()
+        self._validate_ours()
         super().__post_init__()
+        warn_of_unused_options(self, self.loss_type)
 
     def _validate_loss_types(self) -> None:
         if not isinstance(self.loss_type, (list, tuple)) or not self.loss_type:
@@ -127,32 +136,27 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
         for loss_type in self.loss_type:
             require_choice("loss_type", loss_type, [*TRL_DPO_LOSSES, *OUR_DPO_LOSSES])
 
-    def _validate_robust(self) -> None:
-        require_choice("wdpo_penalty", self.wdpo_penalty, list(WDPO_PENALTIES))
-        require_choice("inner_loss_type", self.inner_loss_type, list(INNER_LOSSES))
-        require_in_range(
-            "kldpo_tau",
-            self.kldpo_tau,
-            1e-6,  # beyond it the weights of float32 losses are those of the worst pair alone
-            math.inf,
-            "a number of at least 1e-6",
-            "Large values approach DPO; a negative one would be Dr. DPO, which trusts easy pairs and is not offered.",
-            low_included=True,
-        )
-        require_in_range("wdpo_rho", self.wdpo_rho, 0, math.inf, "a number >= 0", "0 is plain DPO.", low_included=True)
-        if not isinstance(self.wdpo_interval, int) or isinstance(self.wdpo_interval, bool) or self.wdpo_interval < 1:
-            raise ValueError(f"`wdpo_interval` must be a whole number >= 1, got {self.wdpo_interval!r}.")
-        if self.wdpo_eps is not None:
-            require_in_range(
-                "wdpo_eps",
-                self.wdpo_eps,
-                0,
-                1,
-                "a number between 0 and 1, both excluded, or None",
-                "Leave it None to have it chosen by the dtype and adapted.",
+    def _validate_loss_weights(self) -> None:
+        weights = self.loss_weights
+        if weights is None:
+            return
+        if len(weights) != len(self.loss_type):
+            raise ValueError(
+                f"`loss_weights` must have one weight for each of the {len(self.loss_type)} in "
+                f"`loss_type={self.loss_type!r}`, got {weights!r}. Add or remove weights, or leave it None for equal "
+                "ones."
             )
+        if not any(weights):
+            raise ValueError(f"`loss_weights` must not all be 0, got {weights!r}: nothing would be trained.")
 
-    def _validate_combinations(self) -> None:
+    def _validate_losses_of_trl(self) -> None:
+        """What TRL says of its own losses once the model is loaded, or never."""
+        if not {*self.loss_type} <= LOSSES_WITHOUT_BETA:
+            require("beta", self.beta, (float,), Range("[1e-9, 1e9]", "With 0 nothing would be trained."))
+        if "robust" in self.loss_type:
+            require("label_smoothing", self.label_smoothing, (float,), FLIPPED)
+
+    def _validate_ours(self) -> None:
         ours = [loss_type for loss_type in self.loss_type if loss_type in OUR_DPO_LOSSES]
         density_ratio = [loss_type for loss_type in ours if loss_type in DENSITY_RATIO_LOSSES]
         robust = [loss_type for loss_type in ours if loss_type in ROBUST_LOSSES]
@@ -170,20 +174,12 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
                 "distribution that these losses take their expectations over, reweight or perturb. Set "
                 "`use_weighting=False`."
             )
-        if robust:
-            require_in_range("beta", self.beta, 0, math.inf, "a positive number")
-            if self.inner_loss_type == "sigmoid":
-                require_in_range(
-                    "label_smoothing",
-                    self.label_smoothing,
-                    0,
-                    0.5,
-                    "a number in [0, 0.5)",
-                    "It is the assumed probability that a label is flipped.",
-                    low_included=True,
-                )
-            elif self.label_smoothing and TRL_SMOOTHED_LOSSES.isdisjoint(self.loss_type):
-                raise ValueError(
-                    f"`label_smoothing={self.label_smoothing}` has no effect with "
-                    f"`inner_loss_type={self.inner_loss_type!r}`. Set it to 0 or use `inner_loss_type='sigmoid'`."
-                )
+        if "ddro" in ours:
+            require_cap_above_start(0.5 if self.ddro_t is None else self.ddro_t, self.ddro_cap)
+        if robust and self.inner_loss_type == "sigmoid":
+            require("label_smoothing", self.label_smoothing, (float,), FLIPPED)
+        elif robust and self.label_smoothing and TRL_SMOOTHED_LOSSES.isdisjoint(self.loss_type):
+            raise ValueError(
+                f"`label_smoothing={self.label_smoothing}` has no effect with "
+                f"`inner_loss_type={self.inner_loss_type!r}`. Set it to 0 or use `inner_loss_type='sigmoid'`."
+            )

@@ -3,7 +3,12 @@
 import importlib.util
 from dataclasses import dataclass, field
 
-from .validation import require_sane_numbers
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from .validation import require_choice
+
+
+_NEVER_LISTED = {"azure_ml", "flyte"}  # among the trackers that transformers finds; it does not look for them always
 
 
 @dataclass
@@ -23,8 +28,20 @@ class RunConfig:
     )
 
     def _validate_run(self) -> None:
-        require_sane_numbers(self)
-        if not isinstance(self.plot, bool):
-            raise ValueError(f"`plot` must be True or False, got {self.plot!r}.")
+        self._validate_trackers()
         if self.plot and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("`plot=True` needs matplotlib: `pip install 'trl-rdro[plot]'`, or set `plot=False`.")
+
+    def _validate_trackers(self) -> None:
+        """What the Trainer says of `report_to` once the model is loaded."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        if not {"none", "all"}.isdisjoint(names):
+            return
+        for name in names:
+            require_choice("report_to", name, [*INTEGRATION_TO_CALLBACK, "none", "all"])
+        missing = {*names} - {*get_available_reporting_integrations()} - _NEVER_LISTED
+        if missing:
+            raise ValueError(
+                f"`report_to={self.report_to!r}` needs {' and '.join(sorted(missing))}, not installed here. Install "
+                "it, or set `report_to='none'`."
+            )
