@@ -9,7 +9,7 @@ from typing import Any
 
 
 def require_in_range(
-    name: str, value: object, low: float, high: float, expected: str, advice: str = "", low_included: bool = False
+    name: str, value: Any, low: float, high: float, expected: str, advice: str = "", low_included: bool = False
 ) -> None:
     """Refuse `value` unless it is a number between `low` (included or not) and `high` (not included)."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)

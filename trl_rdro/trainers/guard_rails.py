@@ -40,7 +40,7 @@ class GuardRails:
     def _watch_weights(self, step: int, metrics: dict[str, float]) -> None:
         for name, loss in LOSS_TYPES.items():
             share = metrics.get(f"{name}/effective_sample_size", 1.0)
-            if share < FEW_PAIRS:
+            if loss.temperature and share < FEW_PAIRS:
                 self.warn_once(
                     f"{name} weights",
                     f"`{name}` at step {step}: the effective sample size is {share:.1%} of the batch, so a few pairs "

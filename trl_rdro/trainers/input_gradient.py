@@ -61,7 +61,7 @@ def input_gradient(
     Returns:
         The output, whose values belong to the unperturbed model, and the gradients.
     """
-    captured = []
+    captured: list[Any] = []  # the embeddings and the dtype of the forward
 
     def capture(output: torch.Tensor) -> torch.Tensor:
         device = output.device.type

@@ -14,6 +14,7 @@ from ..compat import engines
 from ..compat import trl as trl_compat
 from ..log import get_logger
 from .guard_rails import GuardRails
+from .hosts import Host
 
 
 logger = get_logger(__name__)
@@ -37,11 +38,8 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-class Safeguards:
+class Safeguards(Host):
     """Mixin of the trainers, before TRL's class."""
-
-    _ours: list[str]  # our losses in use, set before TRL's constructor
-    _reference_columns: tuple[str, ...]  # where a data set can bring its own reference log-probabilities
 
     def _set_up_safeguards(self, given_reference: bool) -> None:
         self._guard_rails = GuardRails(self.args)
