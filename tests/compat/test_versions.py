@@ -67,13 +67,6 @@ def test_supported_versions_are_the_declared_ones():
     }
 
 
-def test_python_classifiers_are_the_tested_versions():
-    minors = [
-        c.rsplit(" ", 1)[1] for c in PROJECT["classifiers"] if c.startswith("Programming Language :: Python :: 3.")
-    ]
-    assert f">={minors[0]}" == PROJECT["requires-python"]
-
-
 @pytest.mark.parametrize(
     ("package", "version"),
     [
