@@ -11,6 +11,7 @@ import json
 import reprlib
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import UserError, user_error
@@ -19,7 +20,7 @@ from ..errors import UserError, user_error
 WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", dict: "a mapping"}
 
 
-def field_hints(dataclass_types: list[type]) -> dict[str, Any]:
+def field_hints(dataclass_types: Iterable[Any]) -> dict[str, Any]:
     """The type of each field of these dataclasses."""
     hints: dict[str, Any] = {}
     for dataclass_type in dataclass_types:
@@ -80,7 +81,7 @@ def _fits(value: Any, hint: Any) -> bool:
         # A list of one may be given as the item itself where that is text, as `loss_type: rdro`
         items = [value] if arguments == (str,) and isinstance(value, str) else value
         return isinstance(items, list) and all(_fits(item, argument) for item in items for argument in arguments)
-    if dataclasses.is_dataclass(origin):
+    if isinstance(origin, type) and dataclasses.is_dataclass(origin):
         return isinstance(value, dict) and _fits_fields(value, origin)
     if isinstance(value, bool):
         return origin is bool

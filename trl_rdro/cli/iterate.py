@@ -54,7 +54,6 @@ def make_parser(method: str) -> TrainingParser:
         "by set shares, and a stability report for each round. FILE is a YAML file of any of these options, which the "
         "command line overrides. The training options are those of `trl-rdro dpo`, or with `method: kto` those of "
         f"`trl-rdro kto`; `beta` is {DEFAULT_BETA} unless set.",
-        allow_abbrev=False,
     )
     parser.set_defaults(beta=DEFAULT_BETA)
     return parser
@@ -82,6 +81,7 @@ def parse(argv: list[str]) -> tuple[tuple, Judge, list[str], list[str]]:
 
 def load_prompts(script_args: ScriptArguments) -> tuple[list[dict], list[dict]]:
     """The rows of the training split, and those of the test split, or the same where there is none."""
+    assert script_args.dataset_name is not None  # refused before
     splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
     names = (script_args.dataset_train_split, script_args.dataset_test_split)
     require_split(splits, names[0], "dataset_train_split")

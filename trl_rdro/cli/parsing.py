@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 
@@ -23,8 +24,8 @@ class SentenceErrors:
 class Parser(SentenceErrors, argparse.ArgumentParser):
     """A parser without abbreviations, with which a misspelt option could pass for another."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
 
 
 def require_between(option: str, value: float | None, least: float, most: float = math.inf) -> None:

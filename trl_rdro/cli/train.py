@@ -44,6 +44,7 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, 
         with user_error(Exception, prefix="cannot load `datasets`: "):
             splits = get_dataset(dataset_args)
     else:
+        assert script_args.dataset_name is not None  # `parse` wants one of the two
         splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
 
     train = require_split(splits, script_args.dataset_train_split, "dataset_train_split")
@@ -75,6 +76,7 @@ def find_model(training_args, model_args: ModelConfig) -> None:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    assert model_name is not None  # `parse` refuses that
     load_config(model_name, model_args.model_revision, training_args.trust_remote_code)
 
 

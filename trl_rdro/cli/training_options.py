@@ -25,7 +25,11 @@ from .parsing import Parser, SentenceErrors
 
 
 class TrainingParser(SentenceErrors, TrlParser):
-    """TRL's parser of dataclasses."""
+    """TRL's parser of dataclasses, without abbreviations: with them a misspelt option or a flag of `accelerate launch`
+    could pass for one of ours."""
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any):
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
 
 
 def make_parser(method: str) -> TrainingParser:
@@ -37,8 +41,6 @@ def make_parser(method: str) -> TrainingParser:
         description="Train with TRL's options and ours. FILE is a YAML file of any of them, which the command line "
         "overrides. NAME_OR_FILE is an accelerate config: your own, or one that TRL ships (single_gpu, multi_gpu, "
         "zero1, zero2, zero3, fsdp1, fsdp2). The options of `accelerate launch` may be given too, in either place.",
-        # With abbreviations, a misspelt option or a flag of `accelerate launch` could pass for one of ours.
-        allow_abbrev=False,
     )
 
 

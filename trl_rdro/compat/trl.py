@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
@@ -18,10 +18,11 @@ from trl.trainer.utils import get_config_model_id
 from .engines import settle_fsdp2
 
 
+if TYPE_CHECKING:
+    from .trl_trainer import TrlTrainer
+
 # What a batch of TRL's preference collators holds beside the model's own inputs
 NON_MODEL_KEYS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "label", "ref_logps"}
-
-AnyTrainer = trl.DPOTrainer | trl.KTOTrainer
 
 
 def model_name(model: Any) -> str:
@@ -29,7 +30,7 @@ def model_name(model: Any) -> str:
     return (model if isinstance(model, str) else get_config_model_id(model.config)).split("/")[-1]
 
 
-def policy_forward(trainer: AnyTrainer, model: Callable, inputs: dict[str, Any]) -> Any:
+def policy_forward(trainer: "TrlTrainer", model: Callable, inputs: dict[str, Any]) -> Any:
     """One forward of `model` with TRL's fused LM head. The output has `log_probs` of shape `(rows, length - 1)`:
     the log-probability of each next token, 0 outside the completions."""
     model_kwargs = {key: value for key, value in inputs.items() if key not in NON_MODEL_KEYS}
@@ -39,7 +40,7 @@ def policy_forward(trainer: AnyTrainer, model: Callable, inputs: dict[str, Any])
     return model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
 
 
-def completion_logps(trainer: AnyTrainer, log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+def completion_logps(trainer: "TrlTrainer", log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
     """Log-probability of each completion, `(rows,)`, as TRL's `_compute_loss` sums it: with LD-DPO, tokens beyond the
     length that both completions of a pair share count `ld_alpha`."""
     mask = completion_mask[:, 1:]
@@ -62,7 +63,7 @@ def _replay(model: Callable, outputs: Any) -> Callable:
     return forward
 
 
-def overrides_compute_loss(trainer: AnyTrainer) -> bool:
+def overrides_compute_loss(trainer: TrlTrainer) -> bool:
     """Whether a subclass replaces TRL's `_compute_loss`, which is not called with our losses."""
     base = trl.DPOTrainer if isinstance(trainer, trl.DPOTrainer) else trl.KTOTrainer
     return type(trainer)._compute_loss is not base._compute_loss
@@ -81,7 +82,7 @@ def unchanged_requires_grad(model: torch.nn.Module):
 
 
 @contextmanager
-def precise_precompute_key(trainer: AnyTrainer):
+def precise_precompute_key(trainer: TrlTrainer):
     """Let TRL's cache of precomputed reference log-probabilities know what they depend on beside data and model."""
     args = trainer.args
     settings = (args.max_length, getattr(args, "truncation_mode", None), getattr(trainer, "ld_alpha", None), args.bf16)
@@ -97,13 +98,13 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def reference_model(trainer: AnyTrainer) -> torch.nn.Module:
+def reference_model(trainer: TrlTrainer) -> torch.nn.Module:
     """The model that answers for the reference: the policy, its adapter off, where there is no other."""
     return trainer.model if trainer.ref_model is None else trainer.ref_model
 
 
 @contextmanager
-def _attributes(trainer: AnyTrainer, **values: Any):
+def _attributes(trainer: Any, **values: Any):
     """Give the trainer these attributes for a while."""
     saved = {name: getattr(trainer, name) for name in values}
     vars(trainer).update(values)
@@ -116,7 +117,7 @@ def _attributes(trainer: AnyTrainer, **values: Any):
 # Without a trainer: what `trl-rdro inspect` and `trl-rdro score` need
 
 # In place of the trainer, for `policy_forward` and `completion_logps`
-NO_TRAINER = SimpleNamespace(aux_loss_enabled=False)
+NO_TRAINER: Any = SimpleNamespace(aux_loss_enabled=False)
 
 
 def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any) -> tuple[Any, Callable]:
@@ -132,7 +133,7 @@ def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any)
         room for a completion dropped; and the collator that truncates and pads its rows.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    trainer_class = {"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer}[method]
+    trainer_class: Any = {"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer}[method]
     trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
     # Under the name "train" TRL would advise on KTO's class weights
     prepared = trainer_class._prepare_dataset(trainer, dataset, processing_class, args, "given")
@@ -149,7 +150,7 @@ def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any)
 # Pairs (DPOTrainer)
 
 
-def pair_reference_logps(trainer: trl.DPOTrainer, inputs: dict[str, Any]) -> torch.Tensor:
+def pair_reference_logps(trainer: "TrlTrainer", inputs: dict[str, Any]) -> torch.Tensor:
     """The reference model's log-probabilities of the completions, `(2n,)`: chosen, then rejected."""
     if trainer.precompute_ref_logps:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
@@ -198,7 +199,7 @@ def without_kl(args: trl.KTOConfig):
         args.loss_type = loss_type
 
 
-def unpaired_reference_logps(trainer: trl.KTOTrainer, inputs: dict[str, Any]) -> torch.Tensor:
+def unpaired_reference_logps(trainer: "TrlTrainer", inputs: dict[str, Any]) -> torch.Tensor:
     """The reference model's log-probabilities of the completions, `(n,)`."""
     if trainer.precompute_ref_logps:
         return inputs["ref_logps"]
@@ -225,19 +226,19 @@ def unpaired_metrics(
 # Both
 
 
-def mean_over_ranks(trainer: AnyTrainer, scalars: dict[str, torch.Tensor]) -> dict[str, float]:
+def mean_over_ranks(trainer: "TrlTrainer", scalars: dict[str, torch.Tensor]) -> dict[str, float]:
     """The mean of each scalar over the ranks, in one gather and one synchronisation."""
     values = torch.stack([value.detach().float() for value in scalars.values()]).unsqueeze(0)
     return dict(zip(scalars, trainer.accelerator.gather(values).mean(dim=0).tolist(), strict=True))
 
 
-def log_metrics(trainer: AnyTrainer, metrics: dict[str, float]) -> None:
+def log_metrics(trainer: "TrlTrainer", metrics: dict[str, float]) -> None:
     """Add metrics to the ones that TRL averages over micro-batches and logs."""
     for name, value in metrics.items():
         trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
 
 
-def take_metrics(trainer: AnyTrainer) -> dict[str, float]:
+def take_metrics(trainer: "TrlTrainer") -> dict[str, float]:
     """The metrics that TRL would log next, averaged as it does, which are then gone."""
     metrics = trainer._metrics["train" if trainer.model.training else "eval"]
     means = {name: sum(values) / len(values) for name, values in metrics.items()}
@@ -245,7 +246,7 @@ def take_metrics(trainer: AnyTrainer) -> dict[str, float]:
     return means
 
 
-def input_embeddings(trainer: trl.DPOTrainer) -> torch.nn.Module:
+def input_embeddings(trainer: "TrlTrainer") -> torch.nn.Module:
     """The module whose output is what WDPO perturbs."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     return (model.get_base_model() if is_peft_model(model) else model).get_input_embeddings()

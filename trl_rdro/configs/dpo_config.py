@@ -64,7 +64,7 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
             See [`RunConfig`].
     """
 
-    loss_type: list[str] = field(
+    loss_type: list[str] | str = field(  # type: ignore[assignment]  # a name becomes a list of one
         default_factory=lambda: ["sigmoid"],
         metadata={
             "help": _TRL_LOSS_TYPE_HELP

@@ -51,7 +51,7 @@ class KTOConfig(DensityRatioConfig, RunConfig, trl.KTOConfig):
             "`None`, counted on the prepared training set; needed for a streaming one."
         },
     )
-    train_sampling_strategy: str | None = field(
+    train_sampling_strategy: str | None = field(  # type: ignore[assignment]  # None until the loss is known
         default=None,
         metadata={
             "help": "Sampler of the training set. If `None`, `random` for `ddro` and `rdro`, `sequential` for the "

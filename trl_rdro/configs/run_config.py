@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
@@ -26,6 +27,9 @@ class RunConfig:
         default=False,
         metadata={"help": "Draw the run's curves to `curves.png` in `output_dir` at its end. Needs matplotlib."},
     )
+
+    if TYPE_CHECKING:
+        report_to: None | str | list[str]  # TRL's
 
     def _validate_run(self) -> None:
         self._validate_trackers()

@@ -12,7 +12,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any
@@ -96,7 +96,7 @@ def validate_fields(config: Any, ranges: Mapping[str, Range]) -> None:
 
 
 @functools.cache
-def _annotations(config_class: type) -> dict[str, tuple]:
+def _annotations(config_class: Any) -> dict[str, tuple]:
     """For each field the types it may be of, unions taken apart."""
     hints = typing.get_type_hints(config_class) | _LOOSELY_ANNOTATED
     return {field.name: _alternatives(hints[field.name]) for field in dataclasses.fields(config_class)}
@@ -184,7 +184,7 @@ def _require_json(name: str, value: str) -> None:
         )
 
 
-def require_choice(name: str, value: object, choices: list[str]) -> None:
+def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse `value` unless it is one of `choices`, and name the nearest."""
     if isinstance(value, str) and value in choices:
         return

@@ -117,6 +117,7 @@ def make_judge(config: IterateConfig) -> Judge:
         return RewardFunctions([load_function(path) for path in config.reward_funcs], config.reward_weights)
     if config.preference_func:
         return PreferenceFunction(load_function(config.preference_func))
+    assert config.labelled_file is not None  # one of the three is given
     return _read_labels(Path(config.labelled_file))
 
 

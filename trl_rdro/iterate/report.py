@@ -30,8 +30,8 @@ def judge_policy(judge: Judge, rows: list[Row], samples: list[Row], baseline: li
             before = np.reshape(judge.rewards(repeated, old), shape)
             wins = (rewards > before) + 0.5 * (rewards == before)
             change = {"mean": float(rewards.mean() - before.mean())}
-            errors = [mean_and_error(values)["standard_error"] for values in (rewards, before)]
-            change["standard_error"] = float(np.hypot(*errors))
+            error, error_before = (mean_and_error(values)["standard_error"] for values in (rewards, before))
+            change["standard_error"] = float(np.hypot(error, error_before))
             figures |= {"reward": mean_and_error(rewards), "reward_change": change}
         else:
             wins = np.reshape(judge.preferences(repeated, new, old), shape)

@@ -36,7 +36,7 @@ def draw_report(result: Figures, path: Path) -> bool:
                 heights = [value["largest" if "largest" in value else "mean"] for value in values]
                 errors = [value.get("standard_error", 0.0) for value in values]
             else:
-                heights, errors = values, [0.0] * len(values)
+                heights, errors = list(values), [0.0] * len(values)
             label = name.replace("distance_", "").replace("_", " ")
             axes.errorbar(rounds, heights, yerr=errors, marker="o", capsize=3, label=label)
         if title.startswith("entropy"):

@@ -110,7 +110,7 @@ def load_model(name: str, adapter: str | None = None, **kwargs: Any) -> Any:
     from ..compat.trl import add_fused_lm_head
 
     with loading("the model", name, OSError, ValueError, ImportError):
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs)
         add_fused_lm_head(model)
     if adapter is None:
         return model.eval()

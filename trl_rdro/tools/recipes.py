@@ -9,6 +9,7 @@ line. A name is the path below `recipes/` without `.yaml`.
 import difflib
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from ..errors import UserError, user_error
@@ -54,7 +55,7 @@ def read_header(path: str | Path) -> dict[str, str]:
     The `# name: value` lines of the comment at the top of a recipe: its `method` (the command), `accelerate` config,
     number of `gpus` and `memory`. Without a method line it is the command of the first launch line.
     """
-    comment = re.match(r"(?:#.*\n)*", read_text(path)).group()
+    comment = "\n".join(takewhile(lambda line: line.startswith("#"), read_text(path).split("\n")))
     header = dict(re.findall(r"^# (method|accelerate|gpus|memory): *(.+?) *$", comment, re.MULTILINE))
     if "method" not in header and (launch := re.search(r"(?:trl-rdro |scripts/)(dpo|kto|iterate)\b", comment)):
         header["method"] = launch[1]

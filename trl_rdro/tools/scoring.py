@@ -53,7 +53,7 @@ class Policy:
     """A model that answers with log-probabilities, and the tokenizer that came with it."""
 
     name: str
-    model: torch.nn.Module
+    model: Any  # of transformers, or an adapter of PEFT on one
     tokenizer: Any
     is_adapter: bool
 

@@ -38,6 +38,7 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
         `TypeError`: for one of our losses in a plain `trl.DPOConfig`, which lacks their fields.
     """
 
+    args: DPOConfig
     _reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def __init__(
@@ -84,7 +85,7 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
         ref_logps = trl_compat.pair_reference_logps(self, inputs) if step.ref_logps is None else step.ref_logps
         if step.noise is not None:
             step.noise.restore()
-        grad_norms, metrics = None, {}
+        grad_norms, metrics = None, dict[str, torch.Tensor]()
         if self._is_penalised(step.index):
             outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, metrics)
         else:
@@ -124,7 +125,8 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
     def _pair_loss(self, name: str, logratios: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """The pair loss called `name`, `(n,)`, of `(2n,)` log-ratios."""
         lengths = inputs["completion_mask"].sum(dim=1).clamp(min=1).view(2, -1)
-        return objectives.pair_loss(name, *logratios.chunk(2), lengths, self.args)
+        chosen, rejected = logratios.chunk(2)
+        return objectives.pair_loss(name, chosen, rejected, lengths, self.args)
 
     def _density_ratio_loss(
         self, name: str, logratios: torch.Tensor, metrics: dict[str, torch.Tensor]
@@ -135,4 +137,5 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
         if beyond_cap is not None:
             chosen, rejected = beyond_cap.float().chunk(2)
             metrics |= {f"{name}/capped_chosen": chosen.mean(), f"{name}/capped_rejected": rejected.mean()}
-        return sum(values.chunk(2))
+        of_chosen, of_rejected = values.chunk(2)
+        return of_chosen + of_rejected

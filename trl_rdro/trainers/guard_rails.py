@@ -55,7 +55,7 @@ class GuardRails:
     def _watch_weights(self, step: int, metrics: dict[str, float], pairs: int) -> None:
         for name, loss in LOSS_TYPES.items():
             share = metrics.get(f"{name}/effective_sample_size")
-            if share is None:
+            if share is None or loss.temperature is None:
                 continue
             if pairs == 1:
                 self.warn_once(

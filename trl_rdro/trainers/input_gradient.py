@@ -63,7 +63,7 @@ def input_gradient(
     Returns:
         The output, whose values belong to the unperturbed model, and the gradients.
     """
-    captured = []
+    captured: list[Any] = []  # the embeddings and the dtype of the forward
 
     def capture(output: torch.Tensor) -> torch.Tensor:
         device = output.device.type
@@ -96,6 +96,10 @@ def _power_of_two_scales(slopes: torch.Tensor) -> torch.Tensor:
     return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(0.1 / largest)).clamp(-100, 100)), 1.0)
 
 
+def _adding(shift: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda output: output + shift.to(output.dtype)
+
+
 def perturbed_slopes(
     forward: Callable[[int], Any],
     embedding: nn.Module,
@@ -126,7 +130,7 @@ def perturbed_slopes(
     for side in sides:
         if noise is not None:
             noise.restore()
-        with hooked(embedding, lambda output, side=side: output + side.to(output.dtype)):
+        with hooked(embedding, _adding(side)):
             outputs.append(forward(2 // len(sides)))
     plus, minus = torch.cat([output.log_probs for output in outputs]).chunk(2)
     slopes = (pair_loss(plus) - pair_loss(minus)) / (2 * h)

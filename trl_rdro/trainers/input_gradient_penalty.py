@@ -7,11 +7,12 @@ import torch
 from .. import losses
 from ..compat import engines
 from ..compat import trl as trl_compat
+from .hosts import PairHost
 from .input_gradient import FiniteDifferenceStep, input_gradient, perturbed_slopes
 from .noise import NoiseState
 
 
-class InputGradientPenalty:
+class InputGradientPenalty(PairHost):
     """Mixin of `DPOTrainer`, before TRL's class: the norm of the gradient of each pair's loss with respect to its
     embeddings, and the penalty on it. See `input_gradient.py` for the mathematics."""
 

@@ -44,6 +44,7 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
         `TypeError`: for one of our losses in a plain `trl.KTOConfig`, which lacks their fields.
     """
 
+    args: KTOConfig
     _reference_columns = ("ref_logps",)
 
     def __init__(
@@ -64,7 +65,7 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
         example = check_datasets(require_unpaired_columns, train_dataset, eval_dataset)
         if ours and example.keys() & {"image", "images"}:
             raise ValueError(f"`{args.loss_type}` is not implemented for unpaired image data. Use `DPOTrainer`.")
-        self.preferred_fraction = args.preferred_fraction if ours else None
+        self.preferred_fraction: float | None = args.preferred_fraction if ours else None
         if ours and self.preferred_fraction is None and isinstance(train_dataset, IterableDataset):
             if not {"chosen", "rejected"} <= example.keys():
                 raise ValueError(
@@ -128,6 +129,7 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
             with trl_compat.unchanged_requires_grad(self.model):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+        assert self.preferred_fraction is not None  # given, or counted by `_prepare_dataset`
         inputs, step = split_step(inputs)
         preferred = inputs["label"].bool()
         # The reference first: its activations are gone before those of the policy come

@@ -5,6 +5,8 @@ ways that no list of settings covers. Whether it did shows in the state of the g
 second forward of the same batch gives it the same noise.
 """
 
+from typing import Any
+
 import torch
 
 
@@ -12,11 +14,11 @@ class NoiseState:
     """The state of the generators that a forward on `device` draws from, as it is now."""
 
     def __init__(self, device: torch.device):
-        self.accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+        self.generators: list[Any] = [torch, *([] if device.type == "cpu" else [torch.get_device_module(device)])]
         self.states = self._now()
 
     def _now(self) -> list[torch.Tensor]:
-        return [generator.get_rng_state() for generator in (torch, self.accelerator) if generator is not None]
+        return [generator.get_rng_state() for generator in self.generators]
 
     def was_drawn_from(self) -> bool:
         """Whether random numbers were drawn since."""
@@ -24,5 +26,5 @@ class NoiseState:
 
     def restore(self) -> None:
         """Let what follows draw the same numbers again."""
-        for generator, state in zip((torch, self.accelerator), self.states, strict=False):
+        for generator, state in zip(self.generators, self.states, strict=True):
             generator.set_rng_state(state)

@@ -15,6 +15,7 @@ from ..compat import engines
 from ..compat import trl as trl_compat
 from ..log import get_logger
 from .guard_rails import GuardRails
+from .hosts import Host
 from .noise import NoiseState
 from .start import distance_from_reference, first_step_sentence, require_trainable, share_that_cannot_move
 
@@ -42,11 +43,8 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-class Safeguards:
+class Safeguards(Host):
     """Mixin of the trainers, before TRL's class."""
-
-    _ours: list[str]  # our losses in use, set before TRL's constructor
-    _reference_columns: tuple[str, ...]  # where a data set can bring its own reference log-probabilities
 
     # Whether a run that is not resumed starts with the policy equal to the reference
     _starts_at_reference = True
@@ -171,7 +169,7 @@ class Safeguards:
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if isinstance(eval_dataset, dict):
-            metrics = {}
+            metrics: dict[str, float] = {}
             for name, dataset in eval_dataset.items():
                 metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
