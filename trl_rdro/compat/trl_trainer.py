@@ -20,8 +20,12 @@ class TrlTrainer(Trainer):
     _name: str
     _paper: dict[str, str]
     _tag_names: list[str]
+    _precompute_model_hash: str | None
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        raise NotImplementedError
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         raise NotImplementedError
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:

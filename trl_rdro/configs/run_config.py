@@ -2,7 +2,6 @@
 
 import importlib.util
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
@@ -28,17 +27,14 @@ class RunConfig:
         metadata={"help": "Draw the run's curves to `curves.png` in `output_dir` at its end. Needs matplotlib."},
     )
 
-    if TYPE_CHECKING:
-        report_to: None | str | list[str]  # TRL's
-
     def _validate_run(self) -> None:
-        self._validate_trackers()
+        self._validate_trackers(vars(self)["report_to"])  # TRL's field
         if self.plot and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("`plot=True` needs matplotlib: `pip install 'trl-rdro[plot]'`, or set `plot=False`.")
 
-    def _validate_trackers(self) -> None:
+    def _validate_trackers(self, report_to: str | list[str] | None) -> None:
         """What the Trainer says of `report_to` once the model is loaded."""
-        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        names = [report_to] if isinstance(report_to, str) else report_to or []
         if not {"none", "all"}.isdisjoint(names):
             return
         for name in names:
@@ -46,6 +42,6 @@ class RunConfig:
         missing = {*names} - {*get_available_reporting_integrations()} - _NEVER_LISTED
         if missing:
             raise ValueError(
-                f"`report_to={self.report_to!r}` needs {' and '.join(sorted(missing))}, not installed here. Install "
+                f"`report_to={report_to!r}` needs {' and '.join(sorted(missing))}, not installed here. Install "
                 "it, or set `report_to='none'`."
             )

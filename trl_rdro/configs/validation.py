@@ -84,7 +84,7 @@ def validate_fields(config: Any, ranges: Mapping[str, Range]) -> None:
     Raises:
         `ValueError`: for the first field that is not what it must be.
     """
-    annotations = _annotations(type(config))
+    annotations = _annotations(type(config))  # type: ignore[arg-type]  # a class is hashable
     for field in dataclasses.fields(config):
         require(
             field.name,
