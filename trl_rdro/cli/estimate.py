@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 
 import yaml
-from transformers import AutoConfig
 from trl.trainer.utils import get_peft_config
 
+from ..checks.models import check_config
 from ..tools.memory import CARDS, GIB, RESERVE, Run, Shape, as_dict, estimate, read_shape, savings, trainable
 from .errors import UserError, user_error
 from .launch import accelerate_config_file
@@ -63,10 +63,8 @@ def read_run(method: str, argv: list[str], gpus: int, accelerate_config: str | N
     if args.max_length is None:
         raise UserError("max_length is not set: without it the longest example decides; give --max_length")
     name = model_args.model_name_or_path
-    with user_error(OSError, ValueError, prefix=f"cannot read the config of {name}: "):
-        config = AutoConfig.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-        )
+    with user_error(ValueError), user_error(OSError, prefix=f"cannot read the config of {name}: "):
+        config = check_config(name, model_args.model_revision, args.trust_remote_code)
     lora = get_peft_config(model_args)
     with user_error(AttributeError, ValueError, prefix=f"cannot count the parameters of {name}: "):
         targets = model_args.lora_target_modules if lora is not None else None

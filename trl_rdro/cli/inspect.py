@@ -114,17 +114,13 @@ def load_processing_class(model_args: Any, training_args: Any) -> Any:
     """The tokenizer, as TRL's trainers load it."""
     from pathlib import Path
 
-    from transformers import AutoProcessor
+    from ..checks.models import check_processing_class
 
     name = model_args.model_name_or_path
     where = "" if Path(name).exists() else " (not a local directory, and not found on the hub)"
-    with user_error(OSError, ValueError, KeyError, prefix=f"cannot load the tokenizer of {name}{where}: "):
-        processing_class = AutoProcessor.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-        )
+    with user_error(ValueError), user_error(OSError, prefix=f"cannot load the tokenizer of {name}{where}: "):
+        processing_class = check_processing_class(name, model_args.model_revision, training_args.trust_remote_code)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):
-        raise UserError(f"cannot load the tokenizer of {name}: it has none")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processing_class
@@ -347,21 +343,19 @@ def main(argv: list[str]) -> int:
 
     from trl import is_conversational
 
+    from ..checks.datasets import check_dataset
     from ..compat.trl import prepare_dataset
-    from ..trainers.dataset_checks import require_preference_columns, require_unpaired_columns
 
     dataset, total = load(options, next(iter(possible.values())))
     why = "its options" if method is not None and argv[:1] != [method] else ""
     if method is None:
         method, why = choose_method(dataset), "the columns of the data"
     script_args, args, model_args, _ = possible[method]
-    check = {"dpo": require_preference_columns, "kto": require_unpaired_columns}[method]
     with user_error(ValueError):
-        example = check(dataset, "the data set")
+        check_dataset(dataset, options.split or script_args.dataset_train_split, method, tokenised=False)
+    example = dataset[0]
     if {"image", "images"} & set(example):
         raise UserError("inspect shows text only, and this data set has images")
-    if "prompt_ids" in example:
-        raise UserError("the data set is tokenised already (prompt_ids): inspect needs the text")
 
     processing_class = load_processing_class(model_args, args)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)

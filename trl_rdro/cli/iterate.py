@@ -12,9 +12,9 @@ from trl import ModelConfig, ScriptArguments
 from yaml import YAMLError, safe_load
 
 import trl_rdro
+from trl_rdro.checks.datasets import check_rows
 from trl_rdro.iterate.config import METHODS, IterateConfig
 from trl_rdro.iterate.judges import Judge, make_judge
-from trl_rdro.trainers.dataset_checks import first_example
 
 from .errors import UserError, report_user_errors, user_error
 from .launch import launch_module, without
@@ -84,9 +84,7 @@ def load_prompts(script_args: ScriptArguments) -> tuple[list[dict], list[dict]]:
     found = [list(splits[name]) for name in names if name in splits]
     for name, rows in zip(names, found, strict=False):
         with user_error(ValueError):
-            columns = first_example(rows, name)
-        if "prompt" not in columns:
-            raise UserError(f"split {name} has no column prompt, only: {', '.join(columns)}; rename the one it has")
+            check_rows(rows, name, "prompts")
     return found[0], found[-1]
 
 

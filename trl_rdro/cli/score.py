@@ -68,7 +68,7 @@ def load_rows(args: argparse.Namespace) -> tuple[Any, str]:
     """The rows to score and the name of their split; a `UserError` where they are of the wrong kind."""
     from datasets import load_dataset
 
-    from ..trainers.dataset_checks import require_preference_columns, require_unpaired_columns
+    from ..checks.datasets import check_dataset
     from .train import file_builder
 
     builder = file_builder(args.dataset)
@@ -86,11 +86,9 @@ def load_rows(args: argparse.Namespace) -> tuple[Any, str]:
     columns = set(dataset.column_names)
     paired = not {"completion", "label"} <= columns or {"chosen", "rejected"} <= columns
     with user_error(ValueError):
-        (require_preference_columns if paired else require_unpaired_columns)(dataset, "the data set")
+        check_dataset(dataset, split, "dpo" if paired else "kto", tokenised=False)
     if {"image", "images"} & columns:
         raise UserError("score reads text only, and this data set has images")
-    if "prompt_ids" in columns:
-        raise UserError("the data set is tokenised already (prompt_ids): score needs the text")
     if missing := [column for column in args.group if column not in columns]:
         raise UserError(f"the dataset has no column {missing[0]} to group by, only: {', '.join(dataset.column_names)}")
     return dataset, split
@@ -100,7 +98,8 @@ def load_model(name: str, args: argparse.Namespace) -> Any:
     from ..tools import scoring
 
     where = "" if Path(name).exists() else " (not a local directory, and not found on the hub)"
-    with user_error(OSError, ValueError, ImportError, prefix=f"cannot load the model {name}{where}: "):
+    prefix = f"cannot load the model {name}{where}: "
+    with user_error(ValueError), user_error(OSError, ImportError, prefix=prefix):
         return scoring.load_policy(name, args.dtype or scoring.default_dtype(), args.trust_remote_code)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from accelerate.commands.launch import launch_command_parser
 from datasets import load_dataset
-from transformers import AutoConfig
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -29,6 +28,7 @@ from trl import (
 from yaml import YAMLError
 
 import trl_rdro
+from trl_rdro.checks.models import check_model
 from trl_rdro.trainers.safeguards import is_complete
 
 from .errors import UserError, report_user_errors, user_error
@@ -191,10 +191,8 @@ def find_model(training_args, model_args: ModelConfig) -> None:
         **(training_args.model_init_kwargs or {}),
     }
     where = "" if Path(model_name).exists() else " (not a local directory, and not found on the hub)"
-    with user_error(OSError, ValueError, prefix=f"cannot load the model {model_name}{where}: "):
-        AutoConfig.from_pretrained(
-            model_name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-        )
+    with user_error(ValueError), user_error(OSError, prefix=f"cannot load the model {model_name}{where}: "):
+        check_model(model_name, model_args.model_revision, training_args.trust_remote_code)
 
 
 def build_trainer(method: str, script_args, training_args, model_args, dataset_args):

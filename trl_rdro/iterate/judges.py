@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..trainers.dataset_checks import first_example
+from ..checks.datasets import check_rows, first_row
 from .config import IterateConfig
 from .files import Row, read_rows
 
@@ -125,10 +125,12 @@ def make_judge(config: IterateConfig) -> Judge:
     if not path.is_file():
         raise ValueError(f"`labelled_file` must be a file of JSON lines, and {path} is not a file.")
     rows = read_rows(path)
-    columns = set(first_example(rows, "labelled_file"))
+    columns = set(first_row(rows, "labelled_file"))
     if {"prompt", "completion", "score"} <= columns:
+        check_rows(rows, "labelled_file", "prompts", used=("score",))
         return LabelledScores(rows)
     if {"prompt", "chosen", "rejected"} <= columns:
+        check_rows(rows, "labelled_file", "prompts")
         return LabelledPairs(rows)
     raise ValueError(
         "`labelled_file` must have the columns prompt, completion, score or prompt, chosen, rejected; it has "

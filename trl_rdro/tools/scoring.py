@@ -13,7 +13,7 @@ log-probabilities come from its fused head, so the figures are those that traini
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
+from ..checks.models import check_adapter, check_model
 from ..compat import trl as trl_compat
 
 
@@ -58,15 +59,21 @@ def load_policy(name: str, dtype: torch.dtype | str, trust_remote_code: bool = F
     Load a model, or a PEFT adapter on the model that it names, for scoring.
 
     Raises:
-        `ValueError`: for an adapter that changes the output head, which TRL's fused head would pass over.
+        `ValueError`: for what is not a causal language model with its tokenizer; for an adapter that changes the
+            output head, which TRL's fused head would pass over.
     """
     adapter_config = find_adapter_config_file(name)
-    base_name = name
+    base_name, tokenizer = name, None
+    options = {"trust_remote_code": trust_remote_code}
     if adapter_config is not None:
         from peft import PeftConfig, PeftModel  # an optional dependency
 
+        check_adapter(name)
         base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
-    options = {"trust_remote_code": trust_remote_code}
+        with suppress(OSError, ValueError):  # it has none of its own
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    files = check_model(base_name, None, trust_remote_code, tokenizer)
+    tokenizer = tokenizer or getattr(files.processing_class, "tokenizer", files.processing_class)
     model = AutoModelForCausalLM.from_pretrained(base_name, dtype=dtype, **options)
     trl_compat.add_fused_lm_head(model)
     if adapter_config is not None:
@@ -76,10 +83,6 @@ def load_policy(name: str, dtype: torch.dtype | str, trust_remote_code: bool = F
                 "the adapter changes the output head, which is not supported: merge it into its model "
                 "(merge_and_unload) and score the result"
             )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError):
-        tokenizer = AutoTokenizer.from_pretrained(base_name, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Policy(name, model.eval().to(PartialState().device), tokenizer, adapter_config is not None)
