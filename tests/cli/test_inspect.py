@@ -46,7 +46,7 @@ def with_bos(tmp_path) -> str:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
     )
     tokenizer.save_pretrained(tmp_path / "with_bos")
-    (tmp_path / "with_bos" / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "with_bos" / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 384}')
     return str(tmp_path / "with_bos")
 
 
@@ -228,7 +228,7 @@ def test_no_eos(inspect, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"  # as base models have it, beside a chat template that ends turns otherwise
     tokenizer.save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 384}')
     printed = inspect([conversation("how is it")], model_name_or_path=str(tmp_path / "base"))
     assert warnings(printed) == ["NO EOS", "NO EOS"]
     assert "but with <|im_end|>, at which generation has to be told to stop" in printed

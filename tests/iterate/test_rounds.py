@@ -414,4 +414,4 @@ def test_data_without_prompts_are_refused(config, tmp_path, capsys):
     path = config()
     (tmp_path / "prompts.jsonl").write_text('{"question": "why?"}\n')
     assert iterate.run(["--config", path]) == 2
-    assert "has no column prompt, only: question" in capsys.readouterr().err
+    assert "lacks the column prompt of a data set of prompts; it has question" in capsys.readouterr().err

@@ -230,7 +230,7 @@ def test_evaluation_equals_a_naive_computation(tmp_path, loss_type, mixture):
     z = [completion_logp(models["model"], row) - completion_logp(models["ref_model"], row) for row in rows]
     share = pi if mixture is None else mixture
     values = [
-        (1 / pi if row["label"] else 1 / (1 - pi)) * naive_loss(loss_type, z_i, row["label"], share, cap)
+        (6 / 4 if row["label"] else 6 / 2) * naive_loss(loss_type, z_i, row["label"], share, cap)
         for z_i, row in zip(z, rows, strict=True)
     ]
     classes = {"chosen": z[:4], "rejected": z[4:]}
@@ -253,7 +253,7 @@ def test_evaluation_equals_a_naive_computation(tmp_path, loss_type, mixture):
         if loss_type == "ddro":
             capped = sum(z_i > math.log(cap / share) for z_i in z_class) / len(z_class)
             assert metrics[f"eval_ddro/capped_{name}"] == pytest.approx(capped)
-    # The weights are those of the training set, so the loss does not depend on the batches, one-class ones included
+    # The weights are those of the whole evaluation set, so the loss does not depend on its batches
     trainer.args.per_device_eval_batch_size = 4
     assert trainer.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
 
@@ -496,7 +496,8 @@ def test_preferred_fraction_sets_the_mixture(tmp_path, loss_type):
 
     assert evaluate() == evaluate(**{MIXTURE[loss_type]: 0.25}) == evaluate(preferred_fraction=0.25)
     assert evaluate() != pytest.approx(evaluate(**{MIXTURE[loss_type]: 0.5}), rel=1e-3)
-    assert evaluate() != pytest.approx(evaluate(preferred_fraction=0.5, **{MIXTURE[loss_type]: 0.25}), rel=1e-3)
+    # The classes of the evaluation set are weighted by its own fraction
+    assert evaluate() == evaluate(preferred_fraction=0.5, **{MIXTURE[loss_type]: 0.25})
 
 
 def test_a_set_preferred_fraction_is_compared_with_the_count(tmp_path, model_path, caplog):
@@ -548,10 +549,10 @@ def test_weights_set_by_hand_are_warned_about(tmp_path, model_path, caplog, name
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
-        ({"label": ["yes", "no"]}, r"labels of `train_dataset` must be True .*got 'yes' \(str\)"),
-        ({"label": [1, 0]}, r"labels of `train_dataset` must be True .*got 1 \(int\)"),
-        ({"label": [None, True]}, r"labels of `train_dataset` must be True .*got None"),
-        ({"label": [True, None]}, r"labels of `train_dataset` must be True .*got 1 empty one"),
+        ({"label": ["yes", "no"]}, r"`train_dataset`, row 0 .*`label` must be True .*got 'yes' \(str\)"),
+        ({"label": [1, 0]}, r"`train_dataset`, row 0 .*`label` must be True .*got 1 \(int\)"),
+        ({"label": [None, True]}, r"`train_dataset`, row 0 .*`label` must be True .*got null"),
+        ({"label": [True, None]}, r"`train_dataset`, row 1 .*`label` must be True .*got null"),
         ({}, "`train_dataset` lacks the column label"),
     ],
     ids=["strings", "ints", "none", "none-later", "missing"],

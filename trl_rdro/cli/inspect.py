@@ -101,19 +101,19 @@ def main(argv: list[str]) -> int:
         return 0
     options, method, possible = parse(argv)
 
+    from ..checks.datasets import check_dataset
     from ..compat.trl import prepare_dataset
     from ..tools.inspection import Painter, inspect_rows, report_lines, row_lines
     from ..tools.loading import load_processing_class, require_text
-    from ..trainers.dataset_checks import require_preference_columns, require_unpaired_columns
 
     dataset, total = load(options, next(iter(possible.values())))
     why = "its options" if method is not None and argv[:1] != [method] else ""
     if method is None:
         method, why = choose_method(dataset), "the columns of the data"
     script_args, args, model_args, _ = possible[method]
-    check = {"dpo": require_preference_columns, "kto": require_unpaired_columns}[method]
     with user_error(ValueError):
-        example = check(dataset, "the data set")
+        check_dataset(dataset, options.split or script_args.dataset_train_split, method, tokenised=False)
+    example = dataset[0]
     require_text(example, "inspect")
 
     name = model_args.model_name_or_path

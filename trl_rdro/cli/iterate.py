@@ -9,9 +9,9 @@ import sys
 from trl import ModelConfig, ScriptArguments
 
 import trl_rdro
+from trl_rdro.checks.datasets import check_rows
 from trl_rdro.iterate.config import METHODS, IterateConfig
 from trl_rdro.iterate.judges import Judge, make_judge
-from trl_rdro.trainers.dataset_checks import first_example
 
 from ..errors import UserError, user_error
 from ..tools.loading import load_splits, require_split
@@ -88,9 +88,7 @@ def load_prompts(script_args: ScriptArguments) -> tuple[list[dict], list[dict]]:
     found = [list(splits[name]) for name in names if name in splits]
     for name, rows in zip(names, found, strict=False):
         with user_error(ValueError):
-            columns = first_example(rows, name)
-        if "prompt" not in columns:
-            raise UserError(f"split {name} has no column prompt, only: {', '.join(columns)}; rename the one it has")
+            check_rows(rows, name, "prompts")
     return found[0], found[-1]
 
 

@@ -64,8 +64,8 @@ def check(args: argparse.Namespace) -> None:
 
 def load_rows(args: argparse.Namespace) -> tuple[Any, str]:
     """The rows to score and the name of their split; a `UserError` where they are of the wrong kind."""
+    from ..checks.datasets import check_dataset
     from ..tools.loading import load_splits, require_split, require_text
-    from ..trainers.dataset_checks import require_preference_columns, require_unpaired_columns
 
     splits = load_splits(args.dataset, args.dataset_config)
     split = args.split or (next(iter(splits)) if len(splits) == 1 else "test")
@@ -76,7 +76,7 @@ def load_rows(args: argparse.Namespace) -> tuple[Any, str]:
     columns = set(dataset.column_names)
     paired = not {"completion", "label"} <= columns or {"chosen", "rejected"} <= columns
     with user_error(ValueError):
-        (require_preference_columns if paired else require_unpaired_columns)(dataset, "the data set")
+        check_dataset(dataset, split, "dpo" if paired else "kto", tokenised=False)
     require_text(columns, "score")
     if missing := [column for column in args.group if column not in columns]:
         raise UserError(f"the dataset has no column {missing[0]} to group by, only: {', '.join(dataset.column_names)}")

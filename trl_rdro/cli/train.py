@@ -22,10 +22,11 @@ from trl import (
 )
 
 import trl_rdro
+from trl_rdro.checks.models import check_model
 from trl_rdro.trainers.safeguards import is_complete
 
 from ..errors import UserError, user_error
-from ..tools.loading import file_builder, load_config, load_splits, require_split
+from ..tools.loading import file_builder, load_splits, loading, require_split
 from .errors import report_user_errors
 from .training_options import parse, refuse_launch_flags
 
@@ -77,7 +78,8 @@ def find_model(training_args, model_args: ModelConfig) -> None:
         **(training_args.model_init_kwargs or {}),
     }
     assert model_name is not None  # `parse` refuses that
-    load_config(model_name, model_args.model_revision, training_args.trust_remote_code)
+    with user_error(ValueError), loading("the model", model_name, OSError):
+        check_model(model_name, model_args.model_revision, training_args.trust_remote_code)
 
 
 def make_output_dir(training_args) -> None:

@@ -37,7 +37,22 @@ def policy_forward(trainer: "TrlTrainer", model: Callable, inputs: dict[str, Any
     if trainer.aux_loss_enabled:  # mixture of experts
         model_kwargs["output_router_logits"] = True
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    return model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+    with _explain_cut_images(trainer):
+        return model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+
+
+@contextmanager
+def _explain_cut_images(trainer: "TrlTrainer"):
+    """What TRL's `compute_loss`, which ours does not go through, makes of a model's complaint about missing tokens."""
+    try:
+        yield
+    except ValueError as error:
+        if "Image features and image tokens do not match" not in str(error) or trainer.args.max_length is None:
+            raise
+        raise ValueError(
+            f"`max_length={trainer.args.max_length}` is too short: it cuts off image tokens whose image stays. Raise "
+            "it, or set it to None."
+        ) from error
 
 
 def completion_logps(trainer: "TrlTrainer", log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
@@ -147,6 +162,19 @@ def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any)
     return prepared, DataCollatorForUnpairedPreference(**settings)
 
 
+def is_tokenised(dataset: Any) -> bool:
+    """Whether a data set has token ids and no text, which TRL's preparation would ask for."""
+    columns = next(iter(dataset), {}).keys()
+    return "prompt_ids" in columns and columns.isdisjoint({"chosen", "completion"})
+
+
+def drop_without_completion(dataset: Any, args: Any) -> Any:
+    """Drop tokenised rows whose prompt leaves no room for a completion, as TRL's preparation does."""
+    if args.max_length is None or getattr(args, "truncation_mode", "keep_start") != "keep_start":
+        return dataset
+    return dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
+
+
 # Pairs (DPOTrainer)
 
 
@@ -155,7 +183,8 @@ def pair_reference_logps(trainer: "TrlTrainer", inputs: dict[str, Any]) -> torch
     if trainer.precompute_ref_logps:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     settle_fsdp2(trainer.model)
-    return torch.cat(trainer.compute_ref_log_probs(reference_model(trainer), inputs))
+    with _explain_cut_images(trainer):
+        return torch.cat(trainer.compute_ref_log_probs(reference_model(trainer), inputs))
 
 
 def pair_loss_and_metrics(

@@ -72,22 +72,20 @@ def require_text(columns: Collection[str], command: str) -> None:
 
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The config of a model, which tells whether there is one of that name."""
-    from transformers import AutoConfig
+    """The config of a model, which tells whether there is a causal language model of that name."""
+    from ..checks.models import check_config
 
-    with loading("the model", name, Exception):  # whatever a file may hold, and code that comes with it
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    with user_error(ValueError), loading("the model", name, OSError):
+        return check_config(name, revision, trust_remote_code)
 
 
 def load_processing_class(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, or the processor that has it, as TRL's trainers load it."""
-    from transformers import AutoProcessor
+    from ..checks.models import check_processing_class
 
-    with loading("the tokenizer of", name, OSError, ValueError, KeyError):
-        processing_class = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    with user_error(ValueError), loading("the tokenizer of", name, OSError):
+        processing_class = check_processing_class(name, revision, trust_remote_code)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):
-        raise UserError(f"cannot load the tokenizer of {name}: it has none")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processing_class

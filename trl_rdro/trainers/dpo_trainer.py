@@ -5,19 +5,20 @@ from typing import Any
 import torch
 import trl
 
+from ..checks.datasets import check_datasets
 from ..compat import trl as trl_compat
 from ..configs.dpo_config import DPOConfig
 from ..losses.types import LOSS_TYPES
 from . import objectives
+from .checked_inputs import CheckedInputs
 from .common import describe_in_model_card, require_own_config
-from .dataset_checks import check_datasets, require_preference_columns
 from .input_gradient_penalty import InputGradientPenalty
 from .reweighting import Reweighting
 from .safeguards import Safeguards
 from .step import split_step, with_steps
 
 
-class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
+class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, CheckedInputs, trl.DPOTrainer):
     """
     [`trl.DPOTrainer`] whose `loss_type` can also be `"ddro"`, `"rdro"`, `"kldpo"` or `"wdpo"`, alone or in a weighted
     list with TRL's. Takes the same arguments; runs without any of the four are TRL's own, to the last bit.
@@ -39,6 +40,7 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
     """
 
     args: DPOConfig
+    _method = "dpo"
     _reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def __init__(
@@ -49,6 +51,7 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
         data_collator=None,
         train_dataset=None,
         eval_dataset=None,
+        processing_class=None,
         *rest,
         **kwargs,
     ):
@@ -57,12 +60,15 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
         requested = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
         ours = [loss_type for loss_type in requested if loss_type in LOSS_TYPES]
         require_own_config(args, ours, DPOConfig)
-        example = check_datasets(require_preference_columns, train_dataset, eval_dataset)
+        train_dataset, eval_dataset, example = check_datasets(self._method, train_dataset, eval_dataset)
         if "wdpo" in ours and example.keys() & {"image", "images"}:
             raise ValueError("`wdpo` perturbs text embeddings and is not defined for image data.")
+        self._check_model(model, args, processing_class)
         self._ours = ours
         describe_in_model_card(self, ours)
-        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+        super().__init__(
+            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
+        )
         self._set_up_safeguards(model, given_reference=ref_model is not None)
         self._set_up_input_gradient_penalty()
 
