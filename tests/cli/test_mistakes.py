@@ -229,7 +229,7 @@ def test_numbers_on_the_command_line(method, number, config, capsys):  # noqa: F
 
 
 def test_tracker_that_is_not_installed(config, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("trl_rdro.cli.training_options.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("trl_rdro.configs.run_config.get_available_reporting_integrations", lambda: ["tensorboard"])
     message = refused(capsys, "dpo", "--config", config(report_to=["tensorboard", "wandb"]))
     assert "wandb, which is not installed" in message
     (_, args, _, _), *_ = train.parse("dpo", ["--config", config(report_to="tensorboard")])

@@ -27,7 +27,10 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--model", required=True, metavar="A", help="a directory or hub id: a model or a PEFT adapter")
     parser.add_argument(
-        "--ref", metavar="B", help="the reference model (default: for an adapter, its model without it; else none)"
+        "--ref",
+        metavar="B",
+        help="the reference model (default: the data set's ref_*_logps columns; else, for an adapter, what it was "
+        "trained against; else none)",
     )
     parser.add_argument(
         "--dataset", required=True, metavar="D", help="a .jsonl, .json, .parquet or .csv file, a directory or a hub id"

@@ -35,13 +35,13 @@ class RunConfig:
     def _validate_trackers(self, report_to: str | list[str] | None) -> None:
         """What the Trainer says of `report_to` once the model is loaded."""
         names = [report_to] if isinstance(report_to, str) else report_to or []
-        if not {"none", "all"}.isdisjoint(names):
+        if names in (["none"], ["all"]):
             return
         for name in names:
-            require_choice("report_to", name, [*INTEGRATION_TO_CALLBACK, "none", "all"])
+            require_choice("report_to", name, [*INTEGRATION_TO_CALLBACK])
         missing = {*names} - {*get_available_reporting_integrations()} - _NEVER_LISTED
         if missing:
             raise ValueError(
-                f"`report_to={report_to!r}` needs {' and '.join(sorted(missing))}, not installed here. Install "
-                "it, or set `report_to='none'`."
+                f"`report_to={report_to!r}` needs {' and '.join(sorted(missing))}, which is not installed. "
+                "Install it, or set `report_to='none'`."
             )

@@ -101,7 +101,7 @@ def load_model(name: str, adapter: str | None = None, **kwargs: Any) -> Any:
         kwargs: of `from_pretrained`.
 
     Raises:
-        `UserError`: also for an adapter that changes the output head, which TRL's fused head would pass over.
+        `UserError`: where either cannot be loaded, or the adapter does not fit (`adapters.put_adapter`).
     """
     from transformers import AutoModelForCausalLM
 
@@ -112,13 +112,7 @@ def load_model(name: str, adapter: str | None = None, **kwargs: Any) -> Any:
         add_fused_lm_head(model)
     if adapter is None:
         return model.eval()
-    from peft import PeftModel  # an optional dependency
+    from .adapters import put_adapter
 
-    with loading("the adapter", adapter, OSError, ValueError):
-        model = PeftModel.from_pretrained(model, adapter)
-    if type(model.get_output_embeddings()).__module__.startswith("peft."):
-        raise UserError(
-            f"cannot load the adapter {adapter}: it changes the output head, which is not supported; merge it into "
-            "its model (merge_and_unload) and score the result"
-        )
-    return model.eval()
+    with loading("the adapter", adapter, OSError, ValueError, RuntimeError):  # the last for other shapes
+        return put_adapter(model, adapter).eval()

@@ -9,8 +9,8 @@ log-probabilities come from its fused head, so the figures are those that traini
     result["overall"]["accuracy"]["mean"]
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.utils import find_adapter_config_file
 
 from ..compat import trl as trl_compat
 from ..errors import UserError, user_error
+from .adapters import as_reference, describe_reference
 from .loading import load_model, loading
 from .score_figures import area_under_curve, mean_and_error, pair_figures, unpaired_figures
 
@@ -42,6 +43,8 @@ __all__ = [
     "summarise",
     "unpaired_figures",
 ]
+# As TRL's `precompute_ref_log_probs` names and reads them; by whether rows are pairs
+REFERENCE_COLUMNS = {True: ("ref_chosen_logps", "ref_rejected_logps"), False: ("ref_logps",)}
 ROW = "trl_rdro_row"  # a row's place in the data set before rows were dropped
 
 
@@ -57,12 +60,6 @@ class Policy:
     tokenizer: Any
     is_adapter: bool
 
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """For an adapter: the model without it."""
-        with self.model.disable_adapter():
-            yield
-
 
 def default_dtype() -> torch.dtype:
     return torch.float32 if PartialState().device.type == "cpu" else torch.bfloat16
@@ -73,8 +70,7 @@ def load_policy(name: str, dtype: torch.dtype | str | None = None, trust_remote_
     Load a model, or a PEFT adapter on the model that it names, for scoring.
 
     Raises:
-        `UserError`: where it cannot be loaded, and for an adapter that changes the output head, which TRL's fused head
-            would pass over.
+        `UserError`: where it cannot be loaded, or is an adapter that does not fit its model.
     """
     with loading("the model", name, OSError, ValueError, ImportError):
         is_adapter = find_adapter_config_file(name) is not None
@@ -169,6 +165,16 @@ def completion_logps(
     return result if rows.is_paired else result[:, 0]
 
 
+def stored_reference(rows: PreparedRows) -> torch.Tensor | None:
+    """The reference's log-probabilities that the data set brings, shaped as `completion_logps`, or None."""
+    names = REFERENCE_COLUMNS[rows.is_paired]
+    if not {*names} <= {*rows.dataset.column_names}:
+        return None
+    with user_error(TypeError, ValueError, prefix=f"{' and '.join(names)} must hold numbers: "):
+        columns = [torch.tensor(rows.dataset.with_format(None)[name][:], dtype=torch.float64) for name in names]
+    return torch.stack(columns, dim=1) if rows.is_paired else columns[0]
+
+
 # Results
 
 
@@ -220,7 +226,8 @@ def score(
     Args:
         dataset: columns prompt, chosen, rejected, or prompt, completion, label.
         model: a directory or hub id, of a model or an adapter.
-        reference: another one, or None for an adapter's own model; a model without one has plain log-probabilities.
+        reference: another one, or None for what the data set brings (`REFERENCE_COLUMNS`), else for the reference that
+            an adapter was trained against; a model with neither has plain log-probabilities.
         groups: columns whose values are summarised too.
         max_length: tokens that a row is truncated to, as in training; None for all.
         dtype: of the weights, or None for bfloat16 on an accelerator and float32 on a CPU.
@@ -245,9 +252,12 @@ def score(
         if policy.tokenizer.get_vocab() != vocabulary:
             raise UserError(f"{reference} has another vocabulary than {model}: their log-ratio means nothing")
         scores -= completion_logps(policy.model, rows, batch_size, "reference")
+    elif (stored := stored_reference(rows)) is not None:
+        reference = "the data set's own, " + " and ".join(REFERENCE_COLUMNS[rows.is_paired])
+        scores -= stored
     elif policy.is_adapter:
-        reference = f"{policy.model.peft_config['default'].base_model_name_or_path} (adapter off)"
-        scores -= completion_logps(policy.model, rows, batch_size, "reference", policy.base())
+        reference = describe_reference(policy.model)
+        scores -= completion_logps(policy.model, rows, batch_size, "reference", as_reference(policy.model))
     if not scores.isfinite().all():
         raise UserError(f"the scores are not finite in {loaded_dtype}: try dtype float32 (float16 overflows easily)")
     return {
