@@ -10,7 +10,7 @@ log-probabilities come from its fused head, so the figures are those that traini
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
+from ..checks.models import check_adapter, check_model
 from ..compat import trl as trl_compat
 from ..errors import UserError, user_error
 from .adapters import as_reference, describe_reference
@@ -80,12 +81,16 @@ def load_policy(name: str, dtype: torch.dtype | str | None = None, trust_remote_
 
             base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
     options = {"trust_remote_code": trust_remote_code}
+    tokenizer = None
+    if is_adapter:
+        with suppress(OSError, ValueError):  # it need not bring one
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    with user_error(ValueError), loading("the model", base_name, OSError):
+        files = check_model(base_name, None, trust_remote_code, tokenizer)
+        if is_adapter:
+            check_adapter(name)
     model = load_model(base_name, name if is_adapter else None, dtype=dtype or default_dtype(), **options)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError):
-        with loading("the tokenizer of", base_name, OSError, ValueError):
-            tokenizer = AutoTokenizer.from_pretrained(base_name, **options)
+    tokenizer = getattr(files.processing_class, "tokenizer", files.processing_class)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Policy(name, model.to(PartialState().device), tokenizer, is_adapter)
