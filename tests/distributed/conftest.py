@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 
+from ..helpers import free_port
 from ..tiny import save_tiny, tiny_preferences, tiny_qwen2
 from .matrix import ENGINES, STEP_SIZE, STEPS, Cell, cells_of
 
@@ -22,12 +22,6 @@ from .matrix import ENGINES, STEP_SIZE, STEPS, Cell, cells_of
 WORKER = Path(__file__).with_name("worker.py")
 TIMEOUT = 900
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def write_inputs(folder: Path) -> None:

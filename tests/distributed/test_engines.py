@@ -27,6 +27,10 @@ def test_equals_single_process(launches, engine, cell):
     require_equal(launches.result(engine, cell), launches.result("single", cell), cell)
 
 
+def test_a_cell_is_known_by_its_name():
+    assert len({cell.name for cell in CELLS}) == len(CELLS)
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_cell_trains(launches, cell):
     """What the others are compared with is a run that moves, and whose steps differ."""

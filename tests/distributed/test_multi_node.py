@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from .conftest import free_port, read_result, run_worker
+from ..helpers import free_port
+from .conftest import read_result, run_worker
 from .matrix import MATRIX
 from .test_engines import require_equal
 

@@ -2,21 +2,17 @@
 
 import filecmp
 import multiprocessing
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ..distributed.conftest import free_port
-from ..tiny import save_tiny
+from ..helpers import free_port, run_process
 from . import worker as iterate_worker
 
 
-ROOT = Path(__file__).parents[2]
 DATA = ("samples.jsonl", "judged.jsonl", "train.jsonl", "monitor.jsonl", "probe.json", "report.json")
 MOMENTS = {
     "sampling": "round_001/samples.jsonl.chunks/draw-policy-00001.json",
@@ -40,11 +36,6 @@ def run_in_process(*args: str) -> int:
     process.start()
     process.join(120)
     return process.exitcode
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +78,7 @@ def test_two_processes_make_the_same_data(model, uninterrupted, tmp_path):
         str(free_port()),
     ]
     command = [*torchrun, "-m", "tests.iterate.worker", model, str(output)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    result = run_process(command)
     assert (output / "world_size").is_file(), result.stderr[-3000:]
     assert (output / "world_size").read_text() == "2"
     same = ["base.jsonl", *(f"round_000/{name}" for name in DATA), *(f"round_001/{name}" for name in DATA[:3])]
