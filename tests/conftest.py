@@ -31,8 +31,8 @@ gc.freeze()
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory) -> str:
-    """A saved tiny Qwen2 with its tokenizer."""
+def qwen2(tmp_path_factory) -> str:
+    """A saved tiny Qwen2 and its tokenizer."""
     return save_tiny(tmp_path_factory.mktemp("model"))
 
 
@@ -40,6 +40,12 @@ def model(tmp_path_factory) -> str:
 def llama(tmp_path_factory) -> str:
     """A saved tiny Llama with tied embeddings, and its tokenizer."""
     return save_tiny(tmp_path_factory.mktemp("model"), "llama", tie=True)
+
+
+@pytest.fixture(scope="session")
+def model(qwen2) -> str:
+    """Where the kind does not matter."""
+    return qwen2
 
 
 @pytest.fixture
