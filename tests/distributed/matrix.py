@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+from trl_rdro.losses.types import LOSS_TYPES, of_family
+
+from ..loss_cases import LOSS_CASES
+
 
 STEPS = 3
 STEP_SIZE = 8  # samples of an optimiser step: pairs, or unpaired completions
@@ -24,15 +28,12 @@ ENGINES: dict[str, int] = _DATA["processes"]
 # size says little, and has no limit.
 TOLERANCES: dict[str, dict[str, float]] = _DATA["tolerances"]
 
+COUPLED = {"_".join([name, *case.coupled.values()]): (name, case) for name, case in LOSS_CASES.items() if case.coupled}
 LOSSES: dict[str, dict[str, Any]] = {
-    "ddro": {"loss_type": "ddro"},
-    "rdro": {"loss_type": "rdro"},
-    "kldpo": {"loss_type": "kldpo", "kldpo_tau": 0.05},
-    "wdpo": {"loss_type": "wdpo", "wdpo_rho": 0.1},
-    "wdpo_rms": {"loss_type": "wdpo", "wdpo_rho": 0.1, "wdpo_penalty": "rms"},
+    **{name: {"loss_type": name, **case.settings} for name, case in LOSS_CASES.items()},
+    **{key: {"loss_type": name, **case.settings, **case.coupled} for key, (name, case) in COUPLED.items()},
     "rdro+sft": {"loss_type": ["rdro", "sft"], "loss_weights": [1.0, 0.2]},
-    "ddro_unpaired": {"loss_type": "ddro"},
-    "rdro_unpaired": {"loss_type": "rdro"},
+    **{f"{name}_unpaired": {"loss_type": name} for name in of_family("density_ratio")},
 }
 
 
@@ -63,7 +64,8 @@ class Cell:
 
 
 def _accumulation(loss: str) -> int:
-    return 2 if loss == "kldpo" else 1
+    """Two micro-batches where the pairs of a step are weighed against one another."""
+    return 2 if loss in LOSS_TYPES and LOSS_TYPES[loss].temperature is not None else 1
 
 
 MATRIX = [
@@ -93,8 +95,8 @@ def split_cells(world: int) -> list[Cell]:
         Cell(loss, micro_batch=micro_batch, accumulation=accumulation, steps=1)
         for loss in LOSSES
         for micro_batch, accumulation in SPLITS[world]
-        # The root of `rms` spans a micro-step, and TRL's `sft` divides by the tokens of a micro-batch
-        if loss != "rdro+sft" and (loss != "wdpo_rms" or accumulation == 1)
+        # wdpo's root spans a micro-step, and TRL's `sft` divides by the tokens of a micro-batch
+        if loss != "rdro+sft" and (loss not in COUPLED or accumulation == 1)
     ]
 
 

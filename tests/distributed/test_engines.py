@@ -50,8 +50,8 @@ def test_cell_trains(launches, cell):
     ],
 )
 def test_split_invariance(launches, engine, cell):
-    """One step of the same eight samples, cut into ranks and micro-batches. For `wdpo_rms` only where the micro-step
-    is the whole batch, because its root spans the ranks of a micro-step and not accumulation."""
+    """One step of the same eight samples, cut into ranks and micro-batches. A loss that couples a micro-step
+    (`wdpo_rms`: the root spans its ranks) only where that is the whole batch."""
     whole = Cell(cell.loss, micro_batch=8, steps=1)
     require_equal(launches.result(engine, cell), launches.result("single", whole), cell)
 

@@ -24,6 +24,7 @@ from trl_rdro.cli import launch, main, train
 from trl_rdro.tools.recipes import read_header
 
 from ..helpers import ROOT, free_port, run_process
+from ..loss_cases import LOSS_CASES
 from ..tiny import save_tiny, tiny_preferences
 from .worker import LAUNCH_OVERRIDES, OVERRIDES, run
 
@@ -222,10 +223,10 @@ def check(name: str, result: dict, world_size: int) -> None:
     first, second = [step for step in result["log"] if "loss" in step][:2]
     loss = settings["loss_type"]
     if header["method"] == "dpo":
-        expected = {"rdro": 2 * math.log(2), "kldpo": math.log(2), "wdpo": math.log(2)}[loss]
-        if loss == "wdpo":
-            assert first["wdpo/penalty"] > 0
-            expected += first["wdpo/penalty"]
+        expected = LOSS_CASES[loss].constant
+        if "penalty" in LOSS_CASES[loss].metrics:
+            assert first[f"{loss}/penalty"] > 0
+            expected += first[f"{loss}/penalty"]
     else:
         # Each class has its constant, and counts by its weight: 2 log 2 at the proportions of the training set
         rows = completions(256)

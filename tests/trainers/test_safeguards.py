@@ -1,12 +1,6 @@
-"""A run stops, warns or goes on in a defined way: bad numbers, guard rails, the reference model, crash and resume."""
+"""A run stops, warns or goes on in a defined way: bad numbers, guard rails, the reference model."""
 
-import json
-import logging
 import math
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from trl_rdro import DPOConfig, DPOTrainer, KTOTrainer
 from trl_rdro.losses.types import of_family
 from trl_rdro.trainers.guard_rails import GuardRails
-from trl_rdro.trainers.safeguards import is_complete, last_complete_checkpoint
 
 from ..loss_cases import LOSS_CASES
 from ..tiny import cpu_args, tiny_preferences, tiny_qwen2, tiny_tokenizer
@@ -28,13 +21,6 @@ ALL_LOSSES = [(DPOTrainer, name) for name in LOSS_CASES] + [(KTOTrainer, name) f
 each_loss = pytest.mark.parametrize(
     "trainer_class, loss_type", ALL_LOSSES, ids=lambda value: getattr(value, "__name__", value)
 )
-
-
-@pytest.fixture
-def messages(caplog):
-    """The sentences logged by the package so far."""
-    caplog.set_level(logging.INFO, logger="trl_rdro")
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("trl_rdro")]
 
 
 # Bad numbers
@@ -256,63 +242,3 @@ def test_a_data_set_can_bring_its_reference_log_probabilities(qwen2, tmp_path, m
 
     make_trainer(qwen2, tmp_path, trainer_class, kwargs, loss_type="rdro")
     assert any("are not used" in line or "is not used" in line for line in messages())
-
-
-# Crash and resume
-
-
-def run_worker(model, output_dir, loss, die_at="", processes=1):
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    )
-    worker = ["-m", "tests.trainers.crash_worker", model, str(output_dir), loss, die_at]
-    return subprocess.run(
-        [sys.executable, *launcher, *worker], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loss, processes", [("kldpo", 1), ("wdpo", 1), ("unpaired", 1), ("rdro", 2), ("wdpo", 2)])
-def test_kill_9_and_the_same_command_again(qwen2, tmp_path, loss, processes):
-    """Killed between checkpoints, then while one is being written, a run ends with the weights of an unbroken one."""
-    if processes > 1:
-        pytest.importorskip("deepspeed")
-    whole_run = run_worker(qwen2, tmp_path / "whole", loss, processes=processes)
-    assert whole_run.returncode == 0, whole_run.stderr[-2000:]
-    broken = tmp_path / "broken"
-    for die_at in ("step 4", "writing 6"):  # checkpoints at 3, 6 and 9 of 9 steps
-        killed = run_worker(qwen2, broken, loss, die_at, processes)
-        assert killed.returncode == -signal.SIGKILL if processes == 1 else "Signal 9 (SIGKILL)" in killed.stderr
-    assert (broken / "checkpoint-6").exists() and not is_complete(broken / "checkpoint-6")
-    finished = run_worker(qwen2, broken, loss, processes=processes)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    assert "checkpoint-6 was not written to its end" in finished.stderr
-    assert "Resuming from" in finished.stderr and "checkpoint-3" in finished.stderr
-    whole, resumed = (torch.load(path / "final.pt") for path in (tmp_path / "whole", broken))
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_only_complete_checkpoints_are_resumed_from(qwen2, tmp_path, messages):
-    trainer = make_trainer(qwen2, tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
-    trainer.train(resume_from_checkpoint=True)
-    assert any("starting from the beginning" in line for line in messages())
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
-    state = tmp_path / "checkpoint-3" / "trainer_state.json"
-    state.write_text(state.read_text()[:-20])
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    with pytest.raises(ValueError, match="not a checkpoint that was written to its end"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps([]))
-    assert last_complete_checkpoint(tmp_path) is None
-
-
-def test_a_checkpoint_that_is_written_over_is_incomplete_meanwhile(qwen2, tmp_path):
-    """A run that starts again over the checkpoints of an earlier one must not leave a mixture that looks complete."""
-    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    make_trainer(qwen2, tmp_path, **settings).train()
-    again, seen = make_trainer(qwen2, tmp_path, **settings), []
-    save_optimizer = again._save_optimizer_and_scheduler
-    again._save_optimizer_and_scheduler = lambda path: (seen.append(is_complete(Path(path))), save_optimizer(path))
-    again.train()
-    assert seen == [False] and is_complete(tmp_path / "checkpoint-1")
