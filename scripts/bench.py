@@ -98,7 +98,7 @@ def sizes() -> dict[str, Size]:
             head=replace(tiny, model=qwen2(32, 2, 2048), batch=1),
             scaling=tiny,
             axes={"length": [16, 32], "accumulation": [1, 2]},
-            rounds=2,
+            rounds=1,
             steps=1,
             imports=1,
             rows=32,
@@ -197,6 +197,10 @@ def half(rounds: int) -> int:
     return (rounds + 1) // 2
 
 
+def a_third(rounds: int) -> int:
+    return max(rounds // 3, min(rounds, 2))
+
+
 def section_1(size: Size) -> Iterator[Row]:
     first, *others = size.plain
     runs = [first, *(ours(first, loss) for loss in ("ddro", "rdro", "kldpo"))]
@@ -224,7 +228,7 @@ def section_3(size: Size) -> Iterator[Row]:
     lazy = replace(first, accumulation=4)
     yield from compare([lazy, ours(lazy, "wdpo", wdpo_interval=4)], [Goal(1, 0, 1.4)], size.rounds, size.steps)
     exact = replace(size.head, library="exact", loss="wdpo", attention="eager")
-    yield from compare([exact, ours(size.head, "wdpo")], [Goal(1, 0, 0.7, 0.4)], max(size.rounds // 3, 2), 1)
+    yield from compare([exact, ours(size.head, "wdpo")], [Goal(1, 0, 0.7, 0.4)], a_third(size.rounds), 1)
 
 
 def with_axis(run: Run, axis: str, value: int) -> Run:
@@ -239,7 +243,7 @@ def section_4(size: Size) -> Iterator[Row]:
         for value in values:
             base = with_axis(size.scaling, axis, value)
             runs = [base, ours(base, "kldpo"), ours(base, "wdpo")]
-            for run, times in zip(runs, alternate(runs, max(size.rounds // 3, 2), size.steps), strict=True):
+            for run, times in zip(runs, alternate(runs, a_third(size.rounds), size.steps), strict=True):
                 curve = curves.setdefault(run.loss, {"seconds": [], "bytes": []})
                 curve["seconds"].append(median(sum(times, [])))
                 curve["bytes"].append(peak_bytes(run))

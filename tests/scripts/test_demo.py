@@ -8,7 +8,10 @@ import demo
 import pytest
 import torch
 
+from trl_rdro.losses.types import of_family
+
 from ..helpers import is_png
+from ..loss_cases import LOSS_CASES
 
 
 def test_ties_count_one_half():
@@ -55,8 +58,8 @@ def test_a_loss_without_unpaired_form_is_refused(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("loss", "data"),
-    [(loss, "paired") for loss in ("rdro", "ddro", "kldpo", "wdpo")]
-    + [(loss, "unpaired") for loss in ("rdro", "ddro")],
+    [(loss, "paired") for loss in demo.SETTINGS]
+    + [(loss, "unpaired") for loss in demo.SETTINGS if loss in of_family("density_ratio")],
 )
 def test_runs_and_measures(model, loss, data, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "HELD_OUT_PAIRS", 6)
@@ -82,11 +85,11 @@ def test_runs_and_measures(model, loss, data, tmp_path, monkeypatch):
     before = {key: value["before"]["mean"] for key, value in figures["results"].items()}
     assert before["accuracy"] == 0.5
     assert before["logratio_chosen"] == before["logratio_rejected"] == 0.0
-    constant = math.log(2) if loss in ("kldpo", "wdpo") else 2 * math.log(2)
-    if loss == "wdpo":  # and its penalty
-        assert before["loss"] > constant
+    case = LOSS_CASES[loss]
+    if "penalty" in case.metrics:
+        assert before["loss"] > case.constant
     else:
-        assert before["loss"] == pytest.approx(constant)
+        assert before["loss"] == pytest.approx(case.constant)
     assert figures["results"]["loss"]["change"]["mean"] == pytest.approx(
         figures["results"]["loss"]["after"]["mean"] - before["loss"]
     )
