@@ -27,7 +27,7 @@ DEMO_STAMP  := $(VENV)/.installed-demo
 MODEL_STAMP := $(VENV)/.installed-demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions bench lint types format clean
+.PHONY: help demo test test-fast test-versions bench lint types format clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -54,6 +54,12 @@ test-versions: $(VENV)/bin/python  ## the core tests with the oldest and the new
 bench: $(TEST_STAMP)  ## time and memory beside stock TRL, as a table; BENCH_ARGS="--size ci" for a glance
 	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 \
 		$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+
+# What a change of a loss, an option or a command breaks first. Nothing that starts a process, and little that trains.
+FAST := tests/losses tests/configs tests/trainers/test_objectives.py tests/trainers/test_dataset_checks.py tests/cli
+
+test-fast: $(TEST_STAMP)  ## run the tests of losses, configs, objectives and parsing: under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(FAST) $(PYTEST_ARGS)
 
 lint: $(TEST_STAMP)  ## check style
 	$(RUFF) check --quiet .

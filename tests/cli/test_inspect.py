@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -13,8 +12,8 @@ import trl_rdro
 import trl_rdro.quickstart
 from trl_rdro.cli import main
 
-from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_tokenizer
-from .test_train import refusal
+from ..helpers import ROOT, refusal
+from ..tiny import cpu_args, tiny_preferences, tiny_tokenizer
 
 
 USER = "<|im_start|>user\n{}<|im_end|>\n"
@@ -30,11 +29,6 @@ def conversation(question: str, good: str = "it is good", bad: str = "it is bad"
         "chosen": [message("assistant", good)],
         "rejected": [message("assistant", bad)],
     }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -278,7 +272,7 @@ def test_help(capsys):
 
 
 def test_the_quickstart_recipe(model, capsys):
-    path = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+    path = str(ROOT / "recipes" / "quickstart.yaml")
     argv = ["inspect", "--config", path, "--model_name_or_path", model, "--limit", "20"]
     assert main([*argv, "--dataset_name", trl_rdro.quickstart.QUICKSTART_DIR]) == 0
     assert "Pairs: 20" in capsys.readouterr().out

@@ -13,10 +13,7 @@ from trl_rdro.cli.recipes import table as table_of
 from trl_rdro.quickstart import QUICKSTART_DIR
 from trl_rdro.tools import recipes
 
-from .test_train import refusal
-
-
-ROOT = Path(__file__).parents[2]
+from ..helpers import ROOT, refusal
 
 
 @pytest.fixture

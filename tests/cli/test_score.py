@@ -15,8 +15,8 @@ from trl_rdro import DPOConfig, DPOTrainer
 from trl_rdro.cli import main
 from trl_rdro.tools import scoring
 
+from ..helpers import refusal
 from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_tokenizer
-from .test_train import refusal
 
 
 TOKENIZER = tiny_tokenizer()

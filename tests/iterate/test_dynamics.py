@@ -25,10 +25,7 @@ from trl_rdro.iterate.dynamics import (
     trajectory,
 )
 
-from ..cli.test_train import refusal
-
-
-PNG = b"\x89PNG\r\n\x1a\n"
+from ..helpers import is_png, refusal
 
 
 def random_preferences(rng, n, answers):
@@ -229,7 +226,7 @@ def test_command_end_to_end(tmp_path, capsys):
     np.testing.assert_allclose(result["policies"], expected, atol=1e-12)
     np.testing.assert_allclose(result["entropies"], entropy(expected), atol=1e-12)
     assert result["settled_after"] is None and "not within" in printed
-    assert plot.read_bytes().startswith(PNG) and str(plot) in printed
+    assert is_png(plot) and str(plot) in printed
 
 
 @pytest.mark.parametrize("kind", ["json", "csv"])

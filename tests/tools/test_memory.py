@@ -21,9 +21,9 @@ from transformers import AutoConfig
 from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl_rdro.cli import main
 from trl_rdro.tools.memory import GIB, Run, engine_of, estimate, knobs, processes_of, read_shape, savings
+from trl_rdro.tools.profiling import profiled_peak
 
 from ..tiny import cpu_args, save_tiny, tiny_qwen2, tiny_tokenizer
-from .profiling import profiled_peak
 
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "model_configs"
