@@ -331,15 +331,11 @@ def population_minimum(loss, preferences: np.ndarray, mu: np.ndarray) -> np.ndar
     return (z - z.mean()).detach().numpy()
 
 
-@pytest.mark.parametrize(
-    ("name", "smoothing", "scale"),
-    [("ipo", 0.0, 0.8), ("sigmoid", 0.0, 0.02), ("sigmoid", 0.2, 0.02), ("robust", 0.2, 0.02)],
-)
-def test_loss_strength_is_the_slope_of_the_population_minimum(name, smoothing, scale, tmp_path):
-    """log pi_{t+1} = log pi_ref + b P mu, for ipo with any judge, for the logistic losses near indifference."""
-    rng, beta = np.random.default_rng(0), 0.5
-    skew = rng.uniform(-0.5, 0.5, (5, 5))
-    preferences, mu = 0.5 + scale * (skew - skew.T) / 2, rng.dirichlet(np.ones(5))
+@pytest.mark.parametrize(("name", "smoothing"), [("ipo", 0.0), ("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.05)])
+def test_loss_strength_bounds_what_a_change_of_sampling_moves(name, smoothing, tmp_path):
+    """log pi_{t+1} - log pi_ref of two sampling distributions differs by at most b ||P - 1/2|| ||mu - mu'|| (ipo: is
+    b P mu), with judges up to the bound, where the slope at indifference, 4 / beta, does not bound it."""
+    rng, beta, bound = np.random.default_rng(0), 0.5, 0.9
     softplus = torch.nn.functional.softplus
 
     def loss(h):
@@ -351,19 +347,35 @@ def test_loss_strength_is_the_slope_of_the_population_minimum(name, smoothing, s
         return (1 - smoothing) * clean + smoothing * flipped
 
     args = DPOConfig(**cpu_args(output_dir=str(tmp_path), loss_type=name, beta=beta, label_smoothing=smoothing))
-    expected = stability.loss_strength(args, tokens=1) * preferences @ mu
-    expected -= expected.mean()
-    error = np.abs(population_minimum(loss, preferences, mu) - expected).max()
-    assert error < (1e-6 if name == "ipo" else 0.02) * np.abs(expected).max()
+    b = stability.loss_strength(args, 1, bound)
+    if name == "ipo":
+        skew = rng.uniform(-0.5, 0.5, (5, 5))
+        preferences, mu = 0.5 + 0.8 * (skew - skew.T) / 2, rng.dirichlet(np.ones(5))
+        expected = b * preferences @ mu
+        found = population_minimum(loss, preferences, mu)
+        np.testing.assert_allclose(found, expected - expected.mean(), atol=1e-6 * np.abs(expected).max())
+        return
+    # Two answers: z_1 - z_2 is the logit of the aimed-at probability over beta, whatever mu
+    gap = np.ptp(population_minimum(loss, np.array([[0.5, bound], [1 - bound, 0.5]]), np.full(2, 0.5)))
+    assert gap == pytest.approx(b * (bound - 0.5), rel=1e-4)
+    assert gap > 4 * (1 - 2 * smoothing if name == "sigmoid" else 1) / beta * (bound - 0.5)
 
 
 def test_loss_strength_of_other_losses(tmp_path):
-    def strength(**changes):
-        return stability.loss_strength(DPOConfig(**cpu_args(output_dir=str(tmp_path), beta=0.5, **changes)), tokens=10)
+    def strength(bound=None, **changes):
+        args = DPOConfig(**cpu_args(output_dir=str(tmp_path), beta=0.5, **changes))
+        return stability.loss_strength(args, 10, bound)
 
-    assert strength(loss_type="ipo") == 20 and strength(loss_type="sigmoid_norm") == 80
-    assert strength(loss_type="kldpo") == 8 and strength(loss_type="wdpo", inner_loss_type="ipo") == 20
-    assert strength(loss_type="hinge") is None and strength(loss_type=["sigmoid", "sft"]) is None
+    nine = math.log(9) / 0.4 / 0.5  # 5.5 / beta
+    assert strength(loss_type="ipo") == strength(0.9, loss_type="ipo") == 20
+    assert strength(0.9, loss_type="sigmoid_norm") == pytest.approx(10 * nine)
+    assert strength(0.9, loss_type="kldpo") == pytest.approx(nine) == strength(0.9, loss_type="sigmoid")
+    assert strength(loss_type="wdpo", inner_loss_type="ipo") == 20
+    # A judge that can be certain: no bound, unless labels are smoothed
+    assert strength(loss_type="sigmoid") is strength(loss_type="sigmoid_norm") is strength(loss_type="kldpo") is None
+    assert strength(loss_type="sigmoid", label_smoothing=0.1) == pytest.approx(math.log(9) / 0.5 / 0.5)
+    assert strength(0.9, loss_type="robust", label_smoothing=0.1) is None
+    assert strength(0.9, loss_type="hinge") is None and strength(0.9, loss_type=["sigmoid", "sft"]) is None
 
 
 def test_no_judge_has_a_larger_norm_than_a_strict_order():

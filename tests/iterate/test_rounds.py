@@ -143,7 +143,7 @@ def test_report_is_what_the_samples_say(two_rounds):
     verdicts = rows_of(two_rounds / "round_001" / "judged.jsonl")
     norms = [np.linalg.norm(np.array(row["preferences"]) - 0.5, 2) for row in verdicts]
     assert last["preference_norm"]["largest"] == pytest.approx(max(norms))
-    assert last["margin"] == pytest.approx(1 - (1.0 + 4 * 0.5 / 2 * max(norms)))
+    assert last["b"] is None and last["margin"] is None  # vowels are counted: a judge that is certain
     assert is_png(two_rounds / "iterate.png")
 
 
@@ -212,7 +212,7 @@ def test_reference_columns_are_those_of_the_loss(method, loss, model, tmp_path):
     for row in rows:
         for ids, reference in columns:
             assert any(row[reference] == pytest.approx(value) for value in known[tuple(row[ids])])
-    assert (report["rounds"][-1]["margin"] is None) == (loss != "sigmoid")
+    assert report["rounds"][-1]["margin"] is None  # sigmoid too, without a bound on the judge
     if method == "kto":
         assert [row["label"] for row in rows] == [True, False] * (len(rows) // 2)
 

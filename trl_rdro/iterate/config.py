@@ -23,6 +23,7 @@ RANGES = {
     "top_p": Range("[1e-6, 1]"),
     "top_k": Range("[0, inf)"),
     "entropy_floor": Range("[0, 1)"),
+    "judge_bound": Range("(0.5, 1)", "Leave it None for a judge that can be certain, as every reward function is."),
 }
 
 
@@ -54,6 +55,9 @@ class IterateConfig:
         preference_func (`str`, *optional*): dotted path of `f(prompts, first, second, **columns) -> list[float]`, the
             probability that the first completion beats the second.
         labelled_file (`str`, *optional*): JSON lines of prompt, completion, score or of prompt, chosen, rejected.
+        judge_bound (`float`, *optional*):
+            p in (1/2, 1), if the judge's probabilities lie within [1 - p, p]. The logistic losses have a stability
+            margin only then.
         max_completion_length (`int`, defaults to `256`): in tokens.
         temperature (`float`, defaults to `1.0`), top_p (`float`, defaults to `1.0`), top_k (`int`, defaults to `0`):
             of sampling. The completions of the stability report are always drawn from the policy itself.
@@ -110,6 +114,13 @@ class IterateConfig:
     labelled_file: str | None = field(
         default=None,
         metadata=_help("JSON lines of (prompt, completion, score), or of (prompt, chosen, rejected)."),
+    )
+    judge_bound: float | None = field(
+        default=None,
+        metadata=_help(
+            "p in (1/2, 1), if the judge's probabilities lie within [1 - p, p]: what the logistic losses need for a "
+            "stability margin."
+        ),
     )
     max_completion_length: int = field(default=256, metadata=_help("Longest completion, in tokens."))
     temperature: float = field(default=1.0, metadata=_help("Temperature of sampling."))
@@ -226,7 +237,9 @@ class IterateConfig:
 
     def guaranteed_margin(self, args: Any) -> float | None:
         """The stability margin with the worst judge there can be, or None for losses without the constant b."""
-        strength = None if needs_distribution(args) else loss_strength(args, self.max_completion_length)
+        strength = (
+            None if needs_distribution(args) else loss_strength(args, self.max_completion_length, self.judge_bound)
+        )
         if strength is None:
             return None
         return float(stability_margin(self.a, strength, self.sampling_mix, largest_norm(self.samples_per_prompt)))

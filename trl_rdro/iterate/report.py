@@ -51,7 +51,7 @@ def preference_figures(
 ) -> Figures:
     """The norm of the preference matrices of the round's prompts, and with the largest the margin."""
     norms = [float(preference_norm(matrix)) for matrix in matrices]
-    strength = loss_strength(args, tokens)
+    strength = loss_strength(args, tokens, config.judge_bound)
     margin = None if strength is None else float(stability_margin(config.a, strength, config.sampling_mix, max(norms)))
     return {"preference_norm": {"largest": max(norms), "mean": float(np.mean(norms))}, "b": strength, "margin": margin}
 

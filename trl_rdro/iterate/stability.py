@@ -13,27 +13,34 @@ NEAR = 0.5  # a return is near when it is back by less than this share of the wa
 VISIBLE = 0.25  # nats: excursions below it are taken for noise
 
 
-def loss_strength(args: Any, tokens: float) -> float | None:
+def loss_strength(args: Any, tokens: float, judge_bound: float | None = None) -> float | None:
     """b of the loss in `args`, or None where it has no such constant.
 
     For TRL's ipo, whose pairs cost (h - 1/(2 beta))^2, the minimum over pairs from mu is at z_i = (P mu)_i / beta. The
-    logistic losses have beta h = logit of the probability that i beats j, which near 1/2 is 4 (P_ij - 1/2). Losses
-    that take the mean over a completion's tokens move the whole completion `tokens` times as far.
+    logistic losses have beta h = logit of the probability that i beats j. With a judge that can be certain that has no
+    bound, and neither has b; within [1 - p, p] it is Lipschitz with logit(p) / (p - 1/2), the b under which the margin
+    holds. Losses that take the mean over a completion's tokens move the whole completion `tokens` times as far.
+
+    Args:
+        tokens: mean length of a completion.
+        judge_bound: p, where the judge's probabilities are known to lie within [1 - p, p].
     """
     losses = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     if len(losses) != 1:
         return None
-    loss = losses[0]
-    if loss in of_family("robust"):
-        loss = args.inner_loss_type
-    smoothing = 1 - 2 * getattr(args, "label_smoothing", 0.0)
-    strength = {
-        "sigmoid": 4 * smoothing / args.beta,
-        "robust": 4 / smoothing / args.beta,
-        "sigmoid_norm": 4 * tokens / args.beta,
-        "ipo": tokens / args.beta,
-    }
-    return strength.get(loss)
+    loss = args.inner_loss_type if losses[0] in of_family("robust") else losses[0]
+    certain = 1.0 if judge_bound is None else judge_bound
+    smoothing = getattr(args, "label_smoothing", 0.0)
+    # The probability whose logit the loss aims at, when the judge's is `certain`
+    aims = {"sigmoid_norm": certain, "sigmoid": certain - smoothing * (2 * certain - 1)}
+    aims["robust"] = (certain - smoothing) / (1 - 2 * smoothing) if smoothing < 0.5 else math.inf
+    lengths = tokens if loss in ("ipo", "sigmoid_norm") else 1
+    if loss == "ipo":
+        return lengths / args.beta
+    aim = aims.get(loss, math.inf)
+    if not aim < 1:
+        return None
+    return lengths * math.log(aim / (1 - aim)) / (certain - 0.5) / args.beta
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> float:
