@@ -11,7 +11,7 @@ import pytest
 
 from trl_rdro.cli import COMMANDS, launch, main, train
 
-from .test_train import config, data, model, refusal  # noqa: F401  (fixtures)
+from ..helpers import refusal
 
 
 READS_YAML = ("dpo", "kto", "inspect", "estimate", "iterate")
@@ -171,7 +171,7 @@ def test_config_is_given_once_in_either_form(command, capsys):
     assert "given twice" in refused(capsys, command, "--config", "a.yaml", "--config=b.yaml")
 
 
-def test_config_with_an_equals_sign_is_read(config):  # noqa: F811
+def test_config_with_an_equals_sign_is_read(config):
     (_, args, _, _), *_ = train.parse("dpo", [f"--config={config(rdro_alpha=0.25)}"])
     assert args.rdro_alpha == 0.25
 
@@ -212,7 +212,7 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_VALUES, ids=lambda value: str(value)[:40])
-def test_value_of_another_kind(name, value, config, capsys):  # noqa: F811
+def test_value_of_another_kind(name, value, config, capsys):
     launched = name in ("num_processes", "multi_gpu", "accelerate_config")
     changes = {name: value, **({"dataset_name": None} if name == "datasets" else {})}
     argv = ["--config", config(**changes)]
@@ -222,13 +222,13 @@ def test_value_of_another_kind(name, value, config, capsys):  # noqa: F811
 
 @pytest.mark.parametrize("number", ["nan", "-1", "0.5x"])
 @pytest.mark.parametrize("method", ["dpo", "kto", "iterate"])
-def test_numbers_on_the_command_line(method, number, config, capsys):  # noqa: F811
+def test_numbers_on_the_command_line(method, number, config, capsys):
     judge = ["--reward_funcs", "trl_rdro.iterate.rewards.positivity"] if method == "iterate" else []
     argv = ["--use_cpu", "--bf16", "false", *judge, "--learning_rate", number]
     assert "learning" in refused(capsys, method, *argv)
 
 
-def test_tracker_that_is_not_installed(config, capsys, monkeypatch):  # noqa: F811
+def test_tracker_that_is_not_installed(config, capsys, monkeypatch):
     monkeypatch.setattr("trl_rdro.configs.run_config.get_available_reporting_integrations", lambda: ["tensorboard"])
     message = refused(capsys, "dpo", "--config", config(report_to=["tensorboard", "wandb"]))
     assert "wandb, which is not installed" in message
@@ -236,7 +236,7 @@ def test_tracker_that_is_not_installed(config, capsys, monkeypatch):  # noqa: F8
     assert args.report_to == ["tensorboard"]
 
 
-def test_output_dir_that_is_a_file(config, tmp_path, capsys):  # noqa: F811
+def test_output_dir_that_is_a_file(config, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for name in ("file", "file/below"):
         path = str(tmp_path / name)
@@ -244,7 +244,7 @@ def test_output_dir_that_is_a_file(config, tmp_path, capsys):  # noqa: F811
         assert "output_dir" in message and path in message
 
 
-def test_what_yaml_makes_of_a_value_is_what_was_meant(config):  # noqa: F811
+def test_what_yaml_makes_of_a_value_is_what_was_meant(config):
     changes = {"loss_type": ["rdro", "sft"], "loss_weights": ["1e-3", 1], "run_name": 2026, "eval_strategy": False}
     (_, args, _, _), *_ = train.parse("dpo", ["--config", config(**changes, learning_rate="1e-6")])
     assert (args.loss_weights, args.run_name, args.learning_rate) == ([1e-3, 1.0], "2026", 1e-6)
@@ -267,7 +267,7 @@ BAD_ACCELERATE = {
 
 @pytest.mark.parametrize("command", ["dpo", "kto", "estimate"])
 @pytest.mark.parametrize("kind", BAD_ACCELERATE)
-def test_bad_accelerate_config(command, kind, config, tmp_path, capsys):  # noqa: F811
+def test_bad_accelerate_config(command, kind, config, tmp_path, capsys):
     path = tmp_path / "accelerate.yaml"
     path.write_text(BAD_ACCELERATE[kind])
     message = refused(capsys, command, "--config", config(max_length=64), "--accelerate_config", str(path))

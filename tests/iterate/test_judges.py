@@ -14,8 +14,7 @@ from trl_rdro.errors import UserError
 from trl_rdro.iterate.functions import ask, load_function
 from trl_rdro.iterate.judges import PreferenceFunction, RewardFunctions
 
-from ..cli.test_train import refusal
-from .test_rounds import config, model  # noqa: F401  (fixtures)
+from ..helpers import refusal
 
 
 ROWS = [{"prompt": "p"}, {"prompt": "q"}]
@@ -196,7 +195,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize("kind", LABELS)
-def test_bad_labels_end_in_one_sentence_before_anything_is_launched(kind, config, tmp_path, capsys):  # noqa: F811
+def test_bad_labels_end_in_one_sentence_before_anything_is_launched(kind, config, tmp_path, capsys):
     content, words = LABELS[kind]
     (tmp_path / "labels.jsonl").write_bytes(content)
     argv = ["iterate", "--config", config(reward_funcs=None, labelled_file=str(tmp_path / "labels.jsonl"))]
@@ -217,20 +216,20 @@ def test_bad_labels_end_in_one_sentence_before_anything_is_launched(kind, config
     ],
 )
 @pytest.mark.parametrize("option", ["reward_funcs", "preference_func"])
-def test_failing_judge_ends_the_command_in_one_sentence(option, text, words, module, config, capsys):  # noqa: F811
+def test_failing_judge_ends_the_command_in_one_sentence(option, text, words, module, config, capsys):
     path = f"{module(text)}.f"
     changes = {"reward_funcs": [path]} if option == "reward_funcs" else {"reward_funcs": None, option: path}
     assert words in refusal(capsys, iterate.run(["--config", config(**changes)]))
 
 
 @pytest.mark.parametrize("value", ["tests.iterate.worker.vowels", 3, {"a": 1}, [3]])
-def test_reward_funcs_are_a_list_of_paths(value, config, capsys):  # noqa: F811
+def test_reward_funcs_are_a_list_of_paths(value, config, capsys):
     assert "`reward_funcs` must be a list" in refusal(
         capsys, main(["iterate", "--config", config(reward_funcs=value)])
     )
 
 
-def test_missing_labels_of_the_first_round_are_asked_for(config, tmp_path, capsys):  # noqa: F811
+def test_missing_labels_of_the_first_round_are_asked_for(config, tmp_path, capsys):
     labels = tmp_path / "labels.jsonl"
     labels.write_text(json.dumps({"prompt": "p", "completion": "c", "score": 1.0}) + "\n")
     message = refusal(capsys, iterate.run(["--config", config(reward_funcs=None, labelled_file=str(labels))]))

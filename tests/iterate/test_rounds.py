@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from transformers import PreTrainedModel
 
 from trl_rdro.cli import iterate, main
@@ -20,7 +19,7 @@ from trl_rdro.iterate.references import geometric, linear
 from trl_rdro.iterate.rewards import positivity
 
 from ..helpers import ROOT, is_png, run_process
-from ..tiny import cpu_args, save_tiny, tiny_preferences
+from ..tiny import save_tiny, tiny_preferences
 from .worker import make_loop, vowels
 
 
@@ -298,34 +297,6 @@ def test_labels_are_asked_for_and_the_run_goes_on_with_them(model, tmp_path):
 
 
 # The command
-
-
-@pytest.fixture
-def config(tmp_path, model):
-    """Write a YAML file for a round of two steps; keyword arguments override or (None) remove keys."""
-    data = tmp_path / "prompts.jsonl"
-    tiny_preferences(6).select_columns("prompt").to_json(data)
-
-    def write(**changes) -> str:
-        settings = cpu_args(
-            model_name_or_path=model,
-            dataset_name=str(data),
-            output_dir=str(tmp_path / "out"),
-            reward_funcs=["tests.iterate.worker.vowels"],
-            rounds=1,
-            max_completion_length=6,
-            monitor_samples=2,
-            max_steps=2,
-            per_device_train_batch_size=4,
-            use_peft=True,
-            lora_target_modules="all-linear",
-        )
-        settings = {key: value for key, value in {**settings, **changes}.items() if value is not None}
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        return str(path)
-
-    return write
 
 
 @pytest.mark.slow
