@@ -102,7 +102,7 @@ def test_conversations_in_one_text_become_turns(tmp_path):
     texts = {
         "plain": turns("plain"),
         f"hi\n{marker}Assistant\nhello\n\nyou\n{marker}User\nbye": turns("hi", "hello\n\nyou", "bye"),
-        f"{marker}User\nhi\n{marker}Assistant\nhello\n{marker}User\nbye\n{marker}Assistant\n": turns("hi", "hello", "bye"),
+        f"{marker}User\nhi\n{marker}Assistant\noh\n{marker}User\nbye\n{marker}Assistant\n": turns("hi", "oh", "bye"),
         f"what is {marker}User in this data?": turns(f"what is {marker}User in this data?"),
     }  # fmt: skip
     rows = [{"prompt": text, "response": f"answer {j}", "helpfulness": j} for text in texts for j in range(2)]
