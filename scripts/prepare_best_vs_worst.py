@@ -7,9 +7,13 @@ worst by a reward model, or by a column of scores.
         --score_column helpfulness
 
 MODEL, a hub id or a directory, is any sequence classifier with one output (`AutoModelForSequenceClassification`) whose
-tokenizer has a chat template. Two schemas are known: rows of one response each, those of a prompt next to one another
-(HelpSteer2: prompt, response, ratings), and rows with a list of responses. The two scores are kept in the output;
-prompts with one response, and ties, are left out (`--min_gap` asks for a larger difference).
+tokenizer has a chat template, as Skywork/Skywork-Reward-Llama-3.1-8B. One that brings code of its own, as ArmoRM does,
+is refused: without it the classifier's head would be random.
+
+Two schemas are known: rows of one response each, those of a prompt next to one another (HelpSteer2: prompt, response,
+ratings), and rows with a list of responses. The two scores are kept in the output; prompts with one response, and
+ties, are left out (`--min_gap` asks for a larger difference). A prompt that holds a conversation in one text, as many
+of HelpSteer2's do, becomes its turns.
 
 The input is a hub id or a local file; it is streamed. A run that was interrupted continues when started again.
 """
@@ -20,7 +24,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice
 from typing import Any
 
-from resumable import Output, as_messages, remaining, stream
+from conversations import as_messages, as_prompt
+from resumable import Output, remaining, stream
 
 
 # A prompt, its responses, their scores where the data has them, and the number of input rows
@@ -42,27 +47,55 @@ def groups(rows: Iterable[dict[str, Any]], args: argparse.Namespace) -> Iterator
         yield prompt, responses, scores if args.score_column is not None else None, len(same)
 
 
+def load_reward_model(name: str, dtype: Any) -> tuple[Any, Any]:
+    """A sequence classifier with one trained output, and its tokenizer; anything else ends the script."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if getattr(config, "auto_map", None):
+            # Without its code it would load as a plain classifier, with a head of random numbers
+            sys.exit(f"{name} brings code of its own ({config.auto_map}), which is not run here: name a reward model")
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        sys.exit(f"cannot load the reward model {name}: {error}")
+    if missing := sorted(loading["missing_keys"]):
+        sys.exit(
+            f"{name} is not a reward model that can be read here: it has no {', '.join(missing[:3])}"
+            f"{', ...' if missing[3:] else ''}, which would be random"
+        )
+    if model.config.num_labels != 1:
+        sys.exit(f"{name} has {model.config.num_labels} outputs: a reward model has one")
+    if tokenizer.chat_template is None:
+        sys.exit(f"the tokenizer of {name} has no chat template: a reward model reads conversations")
+    return model.eval(), tokenizer
+
+
+def unused_token(texts: Iterable[list[int]]) -> int:
+    """A token that none of the texts has."""
+    used = set().union(*texts)
+    return next(token for token in range(len(used) + 1) if token not in used)
+
+
 def reward_scorer(args: argparse.Namespace) -> Callable[[list[tuple[Any, Any]]], list[float]]:
     """A function from (prompt, response) to the reward model's scores, in batches of similar length."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from torch.nn.utils.rnn import pad_sequence
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(args.reward_model)
-    model = AutoModelForSequenceClassification.from_pretrained(args.reward_model, dtype=dtype).to(device).eval()
-    if model.config.num_labels != 1:
-        sys.exit(f"{args.reward_model} has {model.config.num_labels} outputs: a reward model has one")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if model.config.pad_token_id is None:  # by which the classifier finds the last token of a row
-        model.config.pad_token_id = tokenizer.pad_token_id
+    model, tokenizer = load_reward_model(
+        args.reward_model, torch.bfloat16 if device.startswith("cuda") else torch.float32
+    )
+    model.to(device)
+    pad_token_id = model.config.pad_token_id
 
     @torch.no_grad()
     def score(pairs: list[tuple[Any, Any]]) -> list[float]:
         texts = [
-            tokenizer.apply_chat_template(
-                as_messages("user", prompt) + as_messages("assistant", response), tokenize=False
-            )
+            tokenizer.apply_chat_template(as_prompt(prompt) + as_messages("assistant", response), tokenize=False)
             for prompt, response in pairs
         ]
         # The template has put the special tokens in already
@@ -71,7 +104,15 @@ def reward_scorer(args: argparse.Namespace) -> Callable[[list[tuple[Any, Any]]],
         scores = [0.0] * len(tokens)
         for start in range(0, len(order), args.batch_size):
             batch = order[start : start + args.batch_size]
-            inputs = tokenizer.pad({"input_ids": [tokens[i] for i in batch]}, return_tensors="pt").to(device)
+            rows = [torch.tensor(tokens[i], device=device) for i in batch]
+            # The classifier reads at the last token that is no padding. A model without a padding token of its own
+            # must not get one that can end a text, as the end-of-text token does: it would read one token early
+            pad = unused_token(tokens[i] for i in batch) if pad_token_id is None else pad_token_id
+            model.config.pad_token_id = pad
+            inputs = {
+                "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
+                "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            }
             for i, value in zip(batch, model(**inputs).logits[:, 0].float().tolist(), strict=True):
                 scores[i] = value
         return scores
@@ -89,7 +130,7 @@ def best_vs_worst(group: Group, scores: list[float], min_gap: float) -> Iterator
     gap = scores[best] - scores[worst]
     if gap > 0 and gap >= min_gap:
         yield {
-            "prompt": as_messages("user", prompt),
+            "prompt": as_prompt(prompt),
             "chosen": as_messages("assistant", responses[best]),
             "rejected": as_messages("assistant", responses[worst]),
             "score_chosen": float(scores[best]),

@@ -17,6 +17,8 @@ Rows that hold one response and its ratings in columns, as nvidia/HelpSteer2 doe
     python scripts/prepare_ratings.py nvidia/HelpSteer2 data/hs2-unpaired/train.jsonl --score_column helpfulness \
         --threshold 4
 
+A prompt that holds a conversation in one text, as many of HelpSteer2's do, becomes its turns.
+
 The input is a hub id or a local file; it is streamed. A run that was interrupted continues when started again.
 """
 
@@ -25,7 +27,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from resumable import Output, as_messages, remaining, stream
+from conversations import as_messages, as_prompt
+from resumable import Output, remaining, stream
 
 
 STEP = 256  # input rows between two states
@@ -55,7 +58,7 @@ def labelled(row: dict[str, Any], args: argparse.Namespace) -> Iterator[dict[str
     for prompt, response, rating in rated_responses(row, args):
         if response and is_number(rating):
             yield {
-                "prompt": as_messages("user", prompt),
+                "prompt": as_prompt(prompt),
                 "completion": as_messages("assistant", response),
                 "label": float(rating) >= args.threshold,
             }

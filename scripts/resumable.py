@@ -97,8 +97,3 @@ def remaining(rows: Iterable[Row], output: Output, limit: int | None, unit: str 
     left = None if limit is None else max(limit - output.rows_read, 0)
     total = limit
     return iter(tqdm(islice(rows, left), initial=output.rows_read, total=total, unit=f" {unit}s", mininterval=1.0))
-
-
-def as_messages(role: str, text: str | list[Row]) -> list[Row]:
-    """A text as a conversation of one message; a conversation stays one."""
-    return text if isinstance(text, list) else [{"role": role, "content": text}]

@@ -1,6 +1,7 @@
 """The data preparation scripts, on small files with the columns of the sets they are for."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import prepare_best_vs_worst
 import prepare_ratings
 import pytest
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+import torch
+from transformers import AutoModelForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
 
 from ..tiny import tiny_tokenizer
 from .conftest import SCRIPTS
@@ -89,6 +91,34 @@ def test_lists_of_responses(tmp_path):
     assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == ("b", "c")
 
 
+def test_conversations_in_one_text_become_turns(tmp_path):
+    import prepare_best_vs_worst
+    import prepare_ratings
+
+    def turns(*texts: str) -> list[dict]:
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    marker = "<extra_id_1>"
+    texts = {
+        "plain": turns("plain"),
+        f"hi\n{marker}Assistant\nhello\n\nyou\n{marker}User\nbye": turns("hi", "hello\n\nyou", "bye"),
+        f"{marker}User\nhi\n{marker}Assistant\noh\n{marker}User\nbye\n{marker}Assistant\n": turns("hi", "oh", "bye"),
+        f"what is {marker}User in this data?": turns(f"what is {marker}User in this data?"),
+    }  # fmt: skip
+    rows = [{"prompt": text, "response": f"answer {j}", "helpfulness": j} for text in texts for j in range(2)]
+    source = write(tmp_path / "in.jsonl", rows)
+    prepare_best_vs_worst.main([source, str(tmp_path / "pairs.jsonl"), "--score_column", "helpfulness"])
+    prepare_ratings.main([source, str(tmp_path / "rated.jsonl"), "--score_column", "helpfulness", "--threshold", "1"])
+    assert [row["prompt"] for row in read(tmp_path / "pairs.jsonl")] == list(texts.values())
+    assert [row["prompt"] for row in read(tmp_path / "rated.jsonl")][::2] == list(texts.values())
+
+    wrong = [{**row, "prompt": f"hi\n{marker}Assistant\nhello"} for row in rows]
+    with pytest.raises(SystemExit, match="turns from user to user, got user assistant in 'hi"):
+        prepare_ratings.main(
+            [write(tmp_path / "x.jsonl", wrong), str(tmp_path / "y"), "--score_column", "helpfulness"]
+        )
+
+
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("reward")
@@ -122,6 +152,71 @@ def test_best_versus_worst_by_reward_model(tmp_path, reward_model):
         assert one["score_chosen"] > one["score_rejected"]
         assert one["chosen"] == four["chosen"]  # padding changes nothing
         assert one["score_chosen"] == pytest.approx(four["score_chosen"], abs=1e-5)
+
+
+def test_reward_model_without_a_padding_token_reads_the_last_token(tmp_path, reward_model):
+    """The text ends in the end-of-text token, by which a batch would be padded."""
+    import prepare_best_vs_worst
+
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}<|im_end|>"
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    source = write(tmp_path / "in.jsonl", helpsteer2(6))
+    arguments = [source, str(tmp_path / "out.jsonl"), "--reward_model", str(tmp_path / "model"), "--device", "cpu"]
+    prepare_best_vs_worst.main(arguments)
+    for row in read(tmp_path / "out.jsonl"):
+        for side in ("chosen", "rejected"):
+            ids = tokenizer(row["prompt"][0]["content"] + row[side][0]["content"] + "<|im_end|>").input_ids
+            with torch.no_grad():
+                hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+                assert row[f"score_{side}"] == pytest.approx(model.score(hidden).item(), abs=1e-5)
+
+
+def without_head(path: Path) -> str:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("score")}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    return "it has no score.weight, which would be random"
+
+
+def with_code(path: Path) -> str:
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "modeling.Gated"}
+    (path / "config.json").write_text(json.dumps(config))
+    return "brings code of its own"
+
+
+def with_two_outputs(path: Path) -> str:
+    Qwen2ForSequenceClassification(Qwen2Config.from_pretrained(path, num_labels=2)).save_pretrained(path)
+    return "has 2 outputs"
+
+
+def without_template(path: Path) -> str:
+    (path / "chat_template.jinja").unlink()
+    return "has no chat template"
+
+
+def nothing(path: Path) -> str:
+    (path / "config.json").unlink()
+    return "cannot load the reward model"
+
+
+@pytest.mark.parametrize("spoil", [without_head, with_code, with_two_outputs, without_template, nothing])
+def test_what_is_no_reward_model_is_refused(tmp_path, reward_model, spoil):
+    import prepare_best_vs_worst
+
+    model = Path(shutil.copytree(reward_model, tmp_path / "model"))
+    words = spoil(model)
+    source = write(tmp_path / "in.jsonl", helpsteer2(2))
+    with pytest.raises(SystemExit) as stop:
+        prepare_best_vs_worst.main([source, str(tmp_path / "out.jsonl"), "--reward_model", str(model)])
+    assert words in str(stop.value)
 
 
 @pytest.mark.parametrize("script", ["prepare_ratings", "prepare_best_vs_worst"])

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, user_error
+from huggingface_hub.errors import GatedRepoError
+
+from ..errors import UserError, describe, user_error
 
 
 # The file types that can be named directly as a dataset, and the `datasets` builder that reads each.
@@ -19,10 +21,26 @@ FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv
 
 @contextmanager
 def loading(what: str, name: str, *exceptions: type[Exception], local: str = "directory") -> Iterator[None]:
-    """Turn `exceptions` in the body into "cannot load `what` `name`", and say so if nothing local has that name."""
-    where = "" if os.path.exists(name) else f" (not a local {local}, and not found on the hub)"
-    with user_error(*exceptions, prefix=f"cannot load {what} {name}{where}: "):
+    """Turn `exceptions` in the body into "cannot load `what` `name`", and say where it is not, or that it is gated."""
+    try:
         yield
+    except UserError:
+        raise
+    except exceptions as error:
+        if _is_gated(error):
+            raise UserError(
+                f"cannot load {what} {name}: it is gated on the hub; accept its terms on its page there, then log in "
+                "with `hf auth login`"
+            ) from error
+        where = "" if os.path.exists(name) else f" (not a local {local}, and not found on the hub)"
+        raise UserError(f"cannot load {what} {name}{where}: {describe(error)}") from error
+
+
+def _is_gated(error: BaseException | None) -> bool:
+    """Whether the hub has refused a repository for want of permission, which libraries wrap in errors of their own."""
+    while error is not None and not isinstance(error, GatedRepoError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 # Data
