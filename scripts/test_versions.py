@@ -28,7 +28,7 @@ RESULTS = ROOT / "docs" / "versions.json"
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 ENVIRONMENTS = ROOT / "build" / "versions"
 CORE_TESTS = ["tests/losses", "tests/configs", "tests/compat", "tests/trainers/test_dpo_trainer.py"]
-EXTRAS = ("peft",)  # of which the core tests train adapters
+EXTRAS = ("peft", "plot", "quantization")  # what the core tests use
 TOOLS = ["pytest", "vaderSentiment"]
 
 
