@@ -29,7 +29,7 @@ DOCUMENT = ROOT / "docs" / "compatibility.md"
 ENVIRONMENTS = ROOT / "build" / "versions"
 CORE_TESTS = ["tests/losses", "tests/configs", "tests/compat", "tests/trainers/test_dpo_trainer.py"]
 EXTRAS = ("peft", "plot", "quantization")  # what the core tests use
-TOOLS = ["pytest", "vaderSentiment"]
+TOOLS = ["hypothesis", "pytest", "vaderSentiment"]
 
 
 def declared() -> dict[str, str]:
