@@ -162,7 +162,7 @@ def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any)
 
 def is_tokenised(dataset: Any) -> bool:
     """Whether a data set has token ids and no text, which TRL's preparation would ask for."""
-    columns = next(iter(dataset), {}).keys()
+    columns = set(next(iter(dataset), {}))
     return "prompt_ids" in columns and columns.isdisjoint({"chosen", "completion"})
 
 
