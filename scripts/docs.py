@@ -239,6 +239,16 @@ def refused_table() -> str:
     )
 
 
+def versions_table() -> str:
+    """What `scripts/test_versions.py` ran: a row for each package, a column for each set."""
+    sets = json.loads((ROOT / "docs" / "versions.json").read_text())
+    packages = next(iter(sets.values()))["versions"]
+    rows = [[package, *(entry["versions"][package] for entry in sets.values())] for package in packages]
+    rows.append(["tests", *(f"{e['tests'] - e['skipped']} passed, {e['skipped']} skipped" for e in sets.values())])
+    rows.append(["on", *(f"{entry['system']}, {entry['date']}" for entry in sets.values())])
+    return markdown(["", *sets], rows)
+
+
 def gpu_table() -> str:
     report = json.loads((ROOT / "docs" / "gpu_check.json").read_text())
     rows = []
@@ -289,6 +299,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "tolerances": tolerances_table,
         "splits": splits_table,
         "refused": refused_table,
+        "versions": versions_table,
         "gpu": gpu_table,
     },
     "docs/performance.md": {"bench": bench},

@@ -3,11 +3,10 @@ Run the core tests with the oldest and with the newest supported versions, each 
 
     python scripts/test_versions.py                      # both, as `make test-versions`
     python scripts/test_versions.py newest --newest-python python3.13
-    python scripts/test_versions.py --table              # run nothing, write the table
 
 "oldest" is every dependency at the lower bound that pyproject.toml declares, on this Python; "newest" what pip takes
-by itself, on the newest Python at hand. What passed is written to docs/versions.json, and from there to the table in
-docs/compatibility.md. The environments stand in build/versions and hold gigabytes of torch each.
+by itself, on the newest Python at hand. What passed is written to docs/versions.json, for the table that
+`scripts/docs.py` writes. The environments stand in build/versions and hold gigabytes of torch each.
 """
 
 import argparse
@@ -25,11 +24,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "versions.json"
-DOCUMENT = ROOT / "docs" / "compatibility.md"
 ENVIRONMENTS = ROOT / "build" / "versions"
 CORE_TESTS = ["tests/losses", "tests/configs", "tests/compat", "tests/trainers/test_dpo_trainer.py"]
-EXTRAS = ("peft",)  # of which the core tests train adapters
-TOOLS = ["pytest", "vaderSentiment"]
+EXTRAS = ("peft", "plot", "quantization")  # what the core tests use
+TOOLS = ["hypothesis", "pytest", "vaderSentiment"]
 
 
 def declared() -> dict[str, str]:
@@ -83,28 +81,11 @@ def run_tests(name: str, interpreter: Path) -> dict[str, int]:
     return {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
 
 
-def table(results: dict[str, dict]) -> str:
-    """What ran, as a Markdown table: a row for each package, a column for each set."""
-    rows = [["", *results], ["---"] * (1 + len(results))]
-    packages = next(iter(results.values()))["versions"]
-    rows += [[package, *(entry["versions"][package] for entry in results.values())] for package in packages]
-    rows.append(["tests", *(f"{e['tests'] - e['skipped']} passed, {e['skipped']} skipped" for e in results.values())])
-    rows.append(["on", *(f"{entry['system']}, {entry['date']}" for entry in results.values())])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def write_table(results: dict[str, dict]) -> None:
-    start, end = "<!-- versions -->\n", "\n<!-- /versions -->"
-    before, rest = DOCUMENT.read_text().split(start)
-    DOCUMENT.write_text(before + start + table(results) + end + rest.split(end)[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="oldest|newest", help="which sets (default: both)")
     parser.add_argument("--oldest-python", default=sys.executable)
     parser.add_argument("--newest-python", default=newest_python())
-    parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args()
     pythons = {"oldest": args.oldest_python, "newest": args.newest_python}
     unknown = set(args.names) - pythons.keys()
@@ -112,7 +93,7 @@ def main() -> None:
         parser.error(f"no set is called {', '.join(sorted(unknown))}: there are oldest and newest")
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in [] if args.table else args.names or pythons:
+    for name in args.names or pythons:
         interpreter = install(name, pythons[name])
         python = subprocess.run([interpreter, "-V"], check=True, capture_output=True, text=True).stdout.split()[1]
         outcome = run_tests(name, interpreter)
@@ -125,7 +106,6 @@ def main() -> None:
         if outcome["failures"] or outcome["errors"]:
             sys.exit(f"{name}: {outcome['failures']} tests failed, {outcome['errors']} could not run")
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    write_table(results)
 
 
 if __name__ == "__main__":

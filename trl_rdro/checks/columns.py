@@ -94,7 +94,8 @@ class Number:
     def wrong(self, value: Any) -> Wrong:
         value = plain(value)
         if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
-            inside = self.low < value < self.high if self.open_ends else self.low <= value <= self.high
+            number = float(value)
+            inside = self.low < number < self.high if self.open_ends else self.low <= number <= self.high
             if inside:
                 return None
         return f"must be {self.expected}, got {show(value)}", "Correct or drop such rows, or remove the column."
@@ -184,18 +185,27 @@ def _is_whole(value: Any) -> bool:
 
 
 Kind = Content | Label | Number | TokenIds | Name | Tools | Present
+Kinds = dict[str, Kind]  # by column
 
 # A sum of rounded log-probabilities may come out a little above 0
 LOG_PROBABILITY = Number("a log-probability: finite and at most 0", high=0.01)
 
-PROMPTS = {"prompt": Content(is_prompt=True)}
-PAIRS = {"prompt": Content(is_prompt=True), "chosen": Content(), "rejected": Content(may_be_blank=True)}
-LABELLED = {"prompt": Content(is_prompt=True), "completion": Content(may_be_blank=True), "label": Label()}
-TOKENISED_PAIRS = {"prompt_ids": TokenIds(), "chosen_ids": TokenIds(), "rejected_ids": TokenIds()}
-TOKENISED_LABELLED = {"prompt_ids": TokenIds(), "completion_ids": TokenIds(), "label": Label()}
+PROMPTS: Kinds = {"prompt": Content(is_prompt=True)}
+PAIRS: Kinds = {
+    "prompt": Content(is_prompt=True),
+    "chosen": Content(),
+    "rejected": Content(may_be_blank=True),
+}
+LABELLED: Kinds = {
+    "prompt": Content(is_prompt=True),
+    "completion": Content(may_be_blank=True),
+    "label": Label(),
+}
+TOKENISED_PAIRS: Kinds = {"prompt_ids": TokenIds(), "chosen_ids": TokenIds(), "rejected_ids": TokenIds()}
+TOKENISED_LABELLED: Kinds = {"prompt_ids": TokenIds(), "completion_ids": TokenIds(), "label": Label()}
 
 # Looked at wherever they are, since the trainers and the collators read them then
-ALWAYS = {
+ALWAYS: Kinds = {
     "ref_chosen_logps": LOG_PROBABILITY,
     "ref_rejected_logps": LOG_PROBABILITY,
     "ref_logps": LOG_PROBABILITY,
@@ -206,7 +216,7 @@ ALWAYS = {
 }
 
 # Looked at where a setting declares that it uses them
-COLUMNS = {
+COLUMNS: Kinds = {
     "weight": Number("a finite number of at least 0", low=0),
     "preference_probability": Number("a probability between 0 and 1", low=0, high=1),
     "preferred_fraction": Number("a number between 0 and 1, both excluded", low=0, high=1, open_ends=True),

@@ -89,14 +89,14 @@ def _equal(left: pa.Array, right: pa.Array) -> np.ndarray:
     """In which rows two columns of texts, or of messages with texts, are the same."""
     if is_text(left.type) and is_text(right.type):
         return is_true(pc.equal(left, right.cast(left.type)))
-    fields = message_fields(left), message_fields(right)
-    if None in fields:
+    first, second = message_fields(left), message_fields(right)
+    if first is None or second is None:
         return no_rows(left)
     same = lengths(left) == lengths(right)
     rows = [np.repeat(np.arange(len(same)), lengths(array)) for array in (left, right)]
     masks = [pa.array(same[numbers]) for numbers in rows]
     compared = rows[0][same[rows[0]]]
-    for a, b in zip(fields[0][:2], fields[1][:2], strict=True):
+    for a, b in zip(first[:2], second[:2], strict=True):
         equal = is_true(pc.equal(a.filter(masks[0]), b.filter(masks[1]).cast(a.type)))
         same[compared[~equal]] = False
     return same

@@ -30,7 +30,7 @@ DESCRIPTIONS = {
     "kto": "an unpaired preference data set (prompt, completion, label)",
     "prompts": "a data set of prompts",
 }
-FORMS = {str: "text", list: "a list of messages"}
+FORMS: dict[type | None, str] = {str: "text", list: "a list of messages"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rules:
         """Whether the prompt is what `chosen` and `rejected` begin with alike."""
         return "chosen" in self.columns and "prompt" not in self.columns
 
-    def wrong(self, row: dict[str, Any]) -> tuple[str, *tuple[str, ...]] | None:
+    def wrong(self, row: dict[str, Any]) -> tuple[str, str, str] | None:
         """The column of a row that is wrong, what is wrong with it, and what to do."""
         # Rows of a stream may have columns that its first row has not
         for column, kind in {**self.columns, **{name: ALWAYS[name] for name in ALWAYS if name in row}}.items():
@@ -131,9 +131,10 @@ def _surely_begin_alike(chosen: pa.Array, rejected: pa.Array) -> np.ndarray:
         longer = [pc.greater(pc.utf8_length(array), 1) for array in (chosen, rejected)]
         return is_true(pc.and_(pc.equal(*firsts), pc.and_(*longer)))
     result = (lengths(chosen) > 1) & (lengths(rejected) > 1)
-    for left, right in zip(
-        *(message_fields(pc.list_slice(array, 0, 1))[:2] for array in (chosen, rejected)), strict=True
-    ):
+    first, second = (message_fields(pc.list_slice(array, 0, 1)) for array in (chosen, rejected))
+    if first is None or second is None:
+        return no_rows(chosen)
+    for left, right in zip(first[:2], second[:2], strict=True):
         result &= is_true(pc.equal(left, right.cast(left.type)))
     return result
 

@@ -2,15 +2,13 @@
 
 import dataclasses
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from trl.models.utils import disable_gradient_checkpointing
 
-
-if TYPE_CHECKING:
-    from .trl_trainer import TrlTrainer
+from .trl_trainer import TrlTrainer
 
 
 def full_precision_outputs(accelerator: Any) -> None:
@@ -40,14 +38,14 @@ def settle_fsdp2(model: torch.nn.Module | None) -> None:
 
 
 @contextmanager
-def without_checkpointing(trainer: "TrlTrainer"):
+def without_checkpointing(trainer: TrlTrainer):
     """For gradient-free forwards: reentrant gradient checkpointing warns in them."""
     with torch.no_grad(), disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
         yield
 
 
 @contextmanager
-def non_reentrant_checkpointing(trainer: "TrlTrainer"):
+def non_reentrant_checkpointing(trainer: TrlTrainer):
     """For gradients with respect to inputs, which reentrant gradient checkpointing cannot give."""
     kwargs = trainer.args.gradient_checkpointing_kwargs
     reentrant = trainer.model.is_gradient_checkpointing and (kwargs or {}).get("use_reentrant")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import trl
@@ -16,10 +16,8 @@ from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
 from trl.trainer.utils import get_config_model_id
 
 from .engines import settle_fsdp2
+from .trl_trainer import TrlTrainer
 
-
-if TYPE_CHECKING:
-    from .trl_trainer import TrlTrainer
 
 # What a batch of TRL's preference collators holds beside the model's own inputs
 NON_MODEL_KEYS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "label", "ref_logps"}
@@ -30,7 +28,7 @@ def model_name(model: Any) -> str:
     return (model if isinstance(model, str) else get_config_model_id(model.config)).split("/")[-1]
 
 
-def policy_forward(trainer: "TrlTrainer", model: Callable, inputs: dict[str, Any]) -> Any:
+def policy_forward(trainer: TrlTrainer, model: Callable, inputs: dict[str, Any]) -> Any:
     """One forward of `model` with TRL's fused LM head. The output has `log_probs` of shape `(rows, length - 1)`:
     the log-probability of each next token, 0 outside the completions."""
     model_kwargs = {key: value for key, value in inputs.items() if key not in NON_MODEL_KEYS}
@@ -42,7 +40,7 @@ def policy_forward(trainer: "TrlTrainer", model: Callable, inputs: dict[str, Any
 
 
 @contextmanager
-def _explain_cut_images(trainer: "TrlTrainer"):
+def _explain_cut_images(trainer: TrlTrainer):
     """What TRL's `compute_loss`, which ours does not go through, makes of a model's complaint about missing tokens."""
     try:
         yield
@@ -55,7 +53,7 @@ def _explain_cut_images(trainer: "TrlTrainer"):
         ) from error
 
 
-def completion_logps(trainer: "TrlTrainer", log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+def completion_logps(trainer: TrlTrainer, log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
     """Log-probability of each completion, `(rows,)`, as TRL's `_compute_loss` sums it: with LD-DPO, tokens beyond the
     length that both completions of a pair share count `ld_alpha`."""
     mask = completion_mask[:, 1:]
@@ -164,7 +162,7 @@ def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any)
 
 def is_tokenised(dataset: Any) -> bool:
     """Whether a data set has token ids and no text, which TRL's preparation would ask for."""
-    columns = next(iter(dataset), {}).keys()
+    columns = set(next(iter(dataset), {}))
     return "prompt_ids" in columns and columns.isdisjoint({"chosen", "completion"})
 
 
@@ -178,7 +176,7 @@ def drop_without_completion(dataset: Any, args: Any) -> Any:
 # Pairs (DPOTrainer)
 
 
-def pair_reference_logps(trainer: "TrlTrainer", inputs: dict[str, Any]) -> torch.Tensor:
+def pair_reference_logps(trainer: TrlTrainer, inputs: dict[str, Any]) -> torch.Tensor:
     """The reference model's log-probabilities of the completions, `(2n,)`: chosen, then rejected."""
     if trainer.precompute_ref_logps:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
@@ -228,7 +226,7 @@ def without_kl(args: trl.KTOConfig):
         args.loss_type = loss_type
 
 
-def unpaired_reference_logps(trainer: "TrlTrainer", inputs: dict[str, Any]) -> torch.Tensor:
+def unpaired_reference_logps(trainer: TrlTrainer, inputs: dict[str, Any]) -> torch.Tensor:
     """The reference model's log-probabilities of the completions, `(n,)`."""
     if trainer.precompute_ref_logps:
         return inputs["ref_logps"]
@@ -255,19 +253,19 @@ def unpaired_metrics(
 # Both
 
 
-def mean_over_ranks(trainer: "TrlTrainer", scalars: dict[str, torch.Tensor]) -> dict[str, float]:
+def mean_over_ranks(trainer: TrlTrainer, scalars: dict[str, torch.Tensor]) -> dict[str, float]:
     """The mean of each scalar over the ranks, in one gather and one synchronisation."""
     values = torch.stack([value.detach().float() for value in scalars.values()]).unsqueeze(0)
     return dict(zip(scalars, trainer.accelerator.gather(values).mean(dim=0).tolist(), strict=True))
 
 
-def log_metrics(trainer: "TrlTrainer", metrics: dict[str, float]) -> None:
+def log_metrics(trainer: TrlTrainer, metrics: dict[str, float]) -> None:
     """Add metrics to the ones that TRL averages over micro-batches and logs."""
     for name, value in metrics.items():
         trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
 
 
-def take_metrics(trainer: "TrlTrainer") -> dict[str, float]:
+def take_metrics(trainer: TrlTrainer) -> dict[str, float]:
     """The metrics that TRL would log next, averaged as it does, which are then gone."""
     metrics = trainer._metrics["train" if trainer.model.training else "eval"]
     means = {name: sum(values) / len(values) for name, values in metrics.items()}
@@ -275,7 +273,7 @@ def take_metrics(trainer: "TrlTrainer") -> dict[str, float]:
     return means
 
 
-def input_embeddings(trainer: "TrlTrainer") -> torch.nn.Module:
+def input_embeddings(trainer: TrlTrainer) -> torch.nn.Module:
     """The module whose output is what WDPO perturbs."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     return (model.get_base_model() if is_peft_model(model) else model).get_input_embeddings()

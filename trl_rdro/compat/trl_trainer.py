@@ -12,6 +12,7 @@ class TrlTrainer(Trainer):
     args: Any  # our DPOConfig or KTOConfig, or TRL's
     model: PreTrainedModel
     ref_model: PreTrainedModel | None
+    eval_dataset: Any
     precompute_ref_logps: bool
     aux_loss_enabled: bool
     router_aux_loss_coef: float
@@ -21,6 +22,9 @@ class TrlTrainer(Trainer):
     _paper: dict[str, str]
     _tag_names: list[str]
     _precompute_model_hash: str | None
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        raise NotImplementedError
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         raise NotImplementedError

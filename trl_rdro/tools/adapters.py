@@ -42,7 +42,7 @@ def put_adapter(model: torch.nn.Module, name: str) -> torch.nn.Module:
     return adapted
 
 
-def _require_fit(model: Any, name: str, adapter: str, **where: str) -> None:
+def _require_fit(model: Any, name: str, adapter: str, **where: Any) -> None:
     """Refuse an adapter that has weights without a place in the model, or none for a place: PEFT only warns."""
     from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights

@@ -1,5 +1,7 @@
 """What a run really held in memory, to compare `tools.memory.estimate` with."""
 
+from typing import Any
+
 from torch.profiler import profile
 
 
@@ -12,7 +14,8 @@ def profiled_peak(profiler: profile) -> int:
             A finished profile of the CPU with `profile_memory=True`, of which a part ran under
             `record_function("training")`. What was allocated before that part counts, its peak does not.
     """
-    events = profiler.profiler.kineto_results.events()
+    finished: Any = profiler.profiler  # which torch does not declare in full
+    events = finished.kineto_results.events()
     begin = next(event.start_ns() for event in events if event.name() == "training")
     alive = peak = 0
     for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):

@@ -6,9 +6,10 @@ from ..checks.datasets import check_evaluation
 from ..checks.models import check_model, check_model_object, check_tokenizer
 from ..checks.prepared import check_prepared, warn_of_date
 from ..compat import trl as trl_compat
+from .hosts import Host
 
 
-class CheckedInputs:
+class CheckedInputs(Host):
     """Mixin of the trainers, before TRL's class."""
 
     _method: str  # "dpo" or "kto", as `checks.datasets` knows them

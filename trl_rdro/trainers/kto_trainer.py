@@ -168,6 +168,7 @@ class KTOTrainer(Safeguards, CheckedInputs, trl.KTOTrainer):
             self.loss_type, logratios, preferred, self.preferred_fraction, self.args
         )
         fraction = self.preferred_fraction if self.model.training else self._evaluated_fraction
+        assert fraction is not None  # as above
         weights = losses.class_weights(preferred, fraction)
         weights = weights * torch.where(preferred, self.desirable_weight, self.undesirable_weight)
         loss = step.scale * (weights * values).mean()
