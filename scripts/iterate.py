@@ -10,6 +10,12 @@ docs/iterate.md describes the options.
 
 import sys
 
+from trl_rdro.run.signals import end_on_signals
+
+
+if __name__ == "__main__":  # before the import below, which takes seconds
+    end_on_signals()
+
 from trl_rdro.cli.iterate import run
 
 

@@ -1,9 +1,10 @@
 """
 What the data preparation scripts share: reading rows as a stream, and writing JSON lines so that a killed run goes on.
 
-The output only grows. Beside it lies `<output>.state.json`: how many input rows are behind, and the length of the
-output at that point. A run that finds both cuts the output to that length, skips those rows, and continues; one that
-finds the settings of another run refuses. When all is done the state file says so, and running again does nothing.
+The output only grows. Beside it lies `.<output>.state.json` (a dot file, which `load_dataset` does not take for data):
+how many input rows are behind, and the length of the output at that point. A run that finds both cuts the output to
+that length, skips those rows, and continues; one that finds the settings of another run refuses. When all is done the
+state file says so, and running again does nothing.
 """
 
 import json
@@ -40,18 +41,21 @@ class Output:
 
     def __init__(self, path: str | Path, settings: Row):
         self.path = Path(path)
-        self.state_path = self.path.with_name(self.path.name + ".state.json")
+        self.state_path = self.path.with_name(f".{self.path.name}.state.json")
         self.settings = settings
-        self.rows_read = self.rows_written = 0
+        self.rows_read = self.rows_written = self.bytes = 0
         self.done = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.state_path.exists():
             self._resume()
         elif self.path.exists():
             sys.exit(f"{self.path} exists and was not begun by this script: remove it or name another file")
+        else:
+            self._write_state()  # before the output, which is refused without one
         if self.done:
             return
         self._file = open(self.path, "ab")  # noqa: SIM115  (closed by `finish`)
+        self._file.truncate(self.bytes)
 
     def _resume(self) -> None:
         state = json.loads(self.state_path.read_text())
@@ -59,8 +63,10 @@ class Output:
             sys.exit(
                 f"{self.path} was begun with other settings ({state['settings']}): name another file or remove it"
             )
-        if not state["done"]:
-            os.truncate(self.path, state["bytes"])
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < state["bytes"]:
+            sys.exit(f"{self.path} is shorter than {self.state_path} says: remove both and start again")
+        self.bytes = state["bytes"]
         self.rows_read, self.rows_written, self.done = state["rows_read"], state["rows_written"], state["done"]
         print(f"{self.path}: {'complete' if self.done else 'resuming'} after {self.rows_read} rows", file=sys.stderr)
 
@@ -81,10 +87,17 @@ class Output:
     def _save_state(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
-        state = {"rows_read": self.rows_read, "rows_written": self.rows_written, "bytes": self._file.tell()}
+        self.bytes = self._file.tell()
+        self._write_state()
+
+    def _write_state(self) -> None:
+        state = {"rows_read": self.rows_read, "rows_written": self.rows_written, "bytes": self.bytes}
         state |= {"done": self.done, "settings": self.settings}
         partial = self.state_path.with_name(self.state_path.name + ".part")
-        partial.write_text(json.dumps(state))
+        with open(partial, "w") as file:
+            file.write(json.dumps(state))
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self.state_path)
 
 

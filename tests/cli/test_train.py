@@ -6,6 +6,7 @@ this process, through the same functions.
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import trl_rdro
 from trl_rdro.cli import launch, main, train
 
 from ..helpers import ROOT, refusal, run_process
+from ..run.test_files_of_a_run import hold
 from ..tiny import tiny_preferences
 
 
@@ -79,7 +81,7 @@ def test_error_in_the_training_process_is_one_sentence_through_the_launcher(conf
 
 def test_resume_continues_from_the_last_checkpoint(config, tmp_path):
     assert train.main("dpo", ["--config", config()]) == 0
-    path = config(max_steps=3, save_steps=1, resume_from_checkpoint=True)
+    path = config(max_steps=3, save_steps=1, resume_from_checkpoint=True, resume_with_changes=True)
     assert train.main("dpo", ["--config", path]) == 0
     history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     assert [step["step"] for step in history if "loss" in step] == [1, 2, 3]
@@ -130,6 +132,44 @@ def test_launch_options_are_told_from_training_options(config, launched):
     assert Path(args.config_file).name == "zero2.yaml"
     assert args.module and args.training_script == "trl_rdro.cli.train"
     assert args.training_script_args == ["dpo", "--max_steps", "2", "--config", path]
+
+
+def test_a_token_is_in_no_process_list(config, launched, monkeypatch):
+    monkeypatch.delenv("TRL_RDRO_HUB_TOKEN", raising=False)
+    path = config(hub_token="hf_of_the_file")
+    assert main(["dpo", "--config", path]) == 0
+    assert main(["dpo", "--config", path, "--hub_token", "hf_SECRET", "--beta", "0.2"]) == 0
+    assert main(["dpo", "--hub_token=hf_SECRET", "--config", path]) == 0
+    assert not any("hf_" in str(vars(args)) for args in launched)
+    assert launched[1].training_script_args[-2:] == ["--beta", "0.2"]
+    # What the launched process makes of it
+    (_, training_args, *_), _, _ = train.parse("dpo", launched[1].training_script_args[1:])
+    train.take_hub_token(training_args)
+    assert training_args.hub_token == "hf_SECRET" and "TRL_RDRO_HUB_TOKEN" not in os.environ
+
+
+def test_a_directory_in_use_is_refused(config, tmp_path, capsys):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    holder = context.Process(target=hold, args=(str(tmp_path / "out"), ready, "alone"))
+    holder.start()
+    assert ready.wait(30)
+    message = refusal(capsys, train.main("dpo", ["--config", config(model_name_or_path="no/such/model")]))
+    assert f"Another run is writing to `output_dir='{tmp_path / 'out'}'` (process {holder.pid} on" in message
+    holder.kill()
+    holder.join()
+
+
+def test_another_run_is_refused_before_its_model_is_loaded(config, tmp_path, capsys, monkeypatch):
+    assert train.main("dpo", ["--config", config()]) == 0
+    loading = mock.Mock(side_effect=AssertionError("a model was loaded"))
+    monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", loading)
+    path = config(loss_type="ddro", learning_rate=1e-5, resume_from_checkpoint=True)
+    message = refusal(capsys, train.main("dpo", ["--config", path]))
+    assert "`loss_type` ['rdro'] (now ['ddro'])" in message and "`learning_rate` 1e-06 (now 1e-05)" in message
+    path = config(resume_from_checkpoint=True, resume_with_changes=True, loss_type="ddro")
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        train.main("dpo", ["--config", path])
 
 
 def test_accelerate_config_may_be_a_file(config, tmp_path, launched):

@@ -35,6 +35,7 @@ BAD_VALUES = {
     "wdpo_eps": [*NOT_OPEN_UNIT, 1e-39],
     "inner_loss_type": [*NOT_NAMES, None, "kldpo", "robust"],
     "plot": [None, "yes", 1],
+    "resume_with_changes": [None, "yes", 1],
     "loss_type": ["", "dpo", "rdro,sft", ["rdro", "dpo"], [3], [None], [["rdro"]], 3, True, None, []],
 }
 GOOD_VALUES = {
@@ -48,6 +49,7 @@ GOOD_VALUES = {
     "wdpo_eps": [None, 1e-5, 0.1],
     "inner_loss_type": ["sigmoid", "ipo", "hinge"],
     "plot": [False, True],
+    "resume_with_changes": [False, True],
     "loss_type": [["rdro", "sft"], ["sigmoid"], ["kldpo", "wdpo"]],
 }
 

@@ -38,6 +38,9 @@ def test_killed_in_every_phase_ends_with_the_same_adapter(model, uninterrupted, 
     output, log = tmp_path / "killed", tmp_path / "log"
     for phase, moment in MOMENTS.items():
         assert processes.run(worker.run, model, str(output), moment, log=log) == [-signal.SIGKILL], phase
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        codes = processes.run(worker.run, model, str(output), "final", signum, log=log)
+        assert codes == [128 + signum] and "Traceback" not in log.read_text()
     assert not (output / "final").exists()
     assert processes.run(worker.run, model, str(output), log=log) == [0], log.read_text()[-3000:]
     for name in ("final/adapter_model.safetensors", *(f"round_{i:03d}/{name}" for i in range(2) for name in DATA)):

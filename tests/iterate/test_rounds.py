@@ -17,6 +17,7 @@ from trl_rdro.iterate.judges import LabelledScores, RewardFunctions
 from trl_rdro.iterate.policies import Policies
 from trl_rdro.iterate.references import geometric, linear
 from trl_rdro.iterate.rewards import positivity
+from trl_rdro.run import files
 
 from ..helpers import ROOT, is_png, run_process
 from ..tiny import save_tiny, tiny_preferences
@@ -151,14 +152,64 @@ def test_a_run_is_continued_with_more_rounds_and_no_other_change(model, two_roun
     assert weights(tmp_path) != weights(two_rounds)
     make_loop(model, tmp_path, reference_mix=1.0).run()
     assert weights(tmp_path) == weights(two_rounds)
-    for change, before in (
-        ({"sampling_mix": 0.4}, "sampling_mix=0.5"),
-        ({"learning_rate": 1.0}, "learning_rate=0.01"),
-    ):
-        with pytest.raises(ValueError, match=f"was begun with {before}"):
-            make_loop(model, tmp_path, **{"reference_mix": 1.0, **change})
-    with pytest.raises(ValueError, match="was begun with prompts='10 prompts, "):
+
+
+CHANGES = {
+    "sampling_mix": 0.4,
+    "reference_mix": 0.5,
+    "learning_rate": 1.0,
+    "inner_loss_type": "hinge",
+    "loss_type": "kldpo",
+    "label_smoothing": 0.1,
+    "optim": "sgd",
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 0.5,
+    "kldpo_tau": 2.0,
+    "wdpo_rho": 0.1,
+    "weight_decay": 0.1,
+    "warmup_steps": 2,
+    "disable_dropout": False,
+    "bf16": True,
+    "per_device_train_batch_size": 2,
+    "seed": 7,
+    "lora_alpha": 64,
+    "dtype": "float16",
+}
+
+
+def test_a_begun_run_is_refused_with_any_other_setting(model, tmp_path, caplog):
+    """Without running it: what a loop is begun with is known when it is made."""
+    settings = make_loop(model, tmp_path, reference_mix=1.0).settings
+    files.write_json(tmp_path / "settings.json", settings)
+    make_loop(model, tmp_path, reference_mix=1.0, logging_steps=5, save_strategy="steps", save_steps=7, rounds=9)
+    for name, value in CHANGES.items():
+        with pytest.raises(ValueError, match=rf"was begun with `{name}` .*\(now .*Set that again, .*with_changes"):
+            make_loop(model, tmp_path, **{"reference_mix": 1.0, name: value})
+    with pytest.raises(ValueError, match="was begun with `prompts` '10 prompts, "):
         make_loop(model, tmp_path, reference_mix=1.0, rows=list(tiny_preferences(10, seed=1)))
+    with pytest.raises(ValueError, match="was begun with `judge` '"):
+        make_loop(model, tmp_path, judge=RewardFunctions([positivity], None), reference_mix=1.0)
+    elsewhere = save_tiny(tmp_path / "elsewhere")
+    make_loop(elsewhere, tmp_path, reference_mix=1.0)  # the same weights in another place
+    another = save_tiny(tmp_path / "another", seed=1)
+    with pytest.raises(ValueError, match="was begun with `model` 'qwen2 "):
+        make_loop(another, tmp_path, reference_mix=1.0)
+    files.write_json(tmp_path / "settings.json", {**settings, "processes": 2})
+    with pytest.raises(ValueError, match=r"was begun with `processes` 2 \(now 1\)"):
+        make_loop(model, tmp_path, reference_mix=1.0)
+    make_loop(model, tmp_path, reference_mix=1.0, beta=3.0, resume_with_changes=True)
+    assert any("goes on with the new settings" in record.getMessage() for record in caplog.records)
+
+
+def test_fewer_rounds_than_there_are_need_the_model_of_the_last(model, tmp_path):
+    # Rewards by length fall from call to call, so that the first round is the best one and kept beside the last
+    times = itertools.count()
+    judge = RewardFunctions([lambda completions, **_: [len(c) - 100.0 * next(times) for c in completions]], None)
+    make_loop(model, tmp_path, judge=judge, rounds=3, keep_rounds=1).run()
+    with pytest.raises(ValueError, match="`rounds=2`, but .* has 3, and the model of round 2 was dropped"):
+        make_loop(model, tmp_path, judge=judge, rounds=2, keep_rounds=1)
+    make_loop(model, tmp_path, judge=judge, rounds=1, keep_rounds=1).run()
+    assert weights(tmp_path) == weights(tmp_path, "round_000/model")
 
 
 def test_disk_use_is_bounded(model, tmp_path):
@@ -180,7 +231,7 @@ def test_disk_use_is_bounded(model, tmp_path):
     assert weights(tmp_path) == weights(tmp_path, "round_003/model")
     # Nothing is made again
     before = (tmp_path / "report.json").read_text()
-    make_loop(model, tmp_path, rounds=4, keep_rounds=1).run()
+    make_loop(model, tmp_path, judge=RewardFunctions([judge], None), rounds=4, keep_rounds=1).run()
     assert (tmp_path / "report.json").read_text() == before
 
 

@@ -12,6 +12,7 @@ from trl_rdro import DPOConfig, KTOConfig
 from trl_rdro.iterate.config import IterateConfig
 from trl_rdro.iterate.judges import RewardFunctions
 from trl_rdro.iterate.rounds import Loop
+from trl_rdro.run.signals import end_on_signals
 
 from ..tiny import cpu_args, tiny_preferences
 
@@ -24,7 +25,7 @@ def vowels(prompts, completions, **kwargs):
 def make_loop(
     model: str, output_dir: str | Path, judge=None, rows=None, peft: bool = True, load_in_4bit: bool = False, **changes
 ) -> Loop:
-    """`changes` are fields of the loop's or the trainer's configuration."""
+    """`changes` are fields of the loop's, the model's or the trainer's configuration."""
     loop = {
         "rounds": 2,
         "sampling_mix": 0.5,
@@ -42,6 +43,7 @@ def make_loop(
         "beta": 1.0,
         "logging_steps": 1,
     }
+    of_model = {key: changes.pop(key) for key in changes.keys() & ModelConfig.__dataclass_fields__.keys()}
     fields = IterateConfig.__dataclass_fields__
     config = IterateConfig(**loop | {key: value for key, value in changes.items() if key in fields})
     config_class = KTOConfig if config.method == "kto" else DPOConfig
@@ -49,15 +51,15 @@ def make_loop(
     config.validate_with(args)
     lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "down_proj"]} if peft else {}
     rows = list(tiny_preferences(10)) if rows is None else rows
-    model_args = ModelConfig(model_name_or_path=model, load_in_4bit=load_in_4bit, **lora)
+    model_args = ModelConfig(model_name_or_path=model, load_in_4bit=load_in_4bit, **lora | of_model)
     return Loop(config, args, model_args, judge or RewardFunctions([vowels], None), rows, rows)
 
 
-def die_at(moment: str) -> None:
-    """Kill this process before a file whose path ends in `moment` is in place, or at "step N" of the second round."""
+def die_at(moment: str, signum: int) -> None:
+    """Signal this process before a file that ends in `moment` is in place, or at "step N" of the second round."""
 
     def die():
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signum)
 
     if moment.startswith("step"):
         training_step = Trainer.training_step
@@ -79,10 +81,11 @@ def die_at(moment: str) -> None:
         setattr(os, name, move_or_die)
 
 
-def run(model: str, output_dir: str, moment: str | None = None) -> None:
+def run(model: str, output_dir: str, moment: str | None = None, signum: int = signal.SIGKILL) -> None:
     """The whole loop, with a checkpoint every two steps."""
+    end_on_signals()
     if moment:
-        die_at(moment)
+        die_at(moment, signum)
     make_loop(model, output_dir, save_strategy="steps", save_steps=2).run()
 
 

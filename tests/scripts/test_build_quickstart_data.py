@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 import tarfile
 from collections import Counter
@@ -88,3 +89,24 @@ def test_build_depends_on_the_content_alone(tmp_path):
     assert (tmp_path / "a" / "LICENSE").read_bytes() == b"MIT\n"
     rows = [json.loads(line) for line in (tmp_path / "a" / "train.jsonl").read_text().splitlines()]
     assert all(list(row) == list(load_quickstart("train").features) for row in rows)
+
+
+def test_nothing_of_a_source_package_runs_before_its_checksum(tmp_path, monkeypatch):
+    """A package of the right name that is not the expected one: pip refuses it before its build script runs."""
+    pytest.importorskip("setuptools")
+    monkeypatch.setenv(
+        "PIP_NO_BUILD_ISOLATION", "0"
+    )  # which means no isolation: the script could run without a network
+    evidence = tmp_path / "it_ran"
+    root = tmp_path / "vaderSentiment-3.3.2"
+    root.mkdir()
+    setup = "from setuptools import setup\nsetup(name='vaderSentiment', version='3.3.2')\n"
+    (root / "setup.py").write_text(f"open({str(evidence)!r}, 'w').close()\n{setup}")
+    with tarfile.open(tmp_path / "vaderSentiment-3.3.2.tar.gz", "w:gz") as archive:
+        archive.add(root, arcname=root.name)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(subprocess.CalledProcessError):
+        builder.download_sdist(str(tmp_path / "folder"))
+    assert not evidence.exists()

@@ -10,6 +10,7 @@ import prepare_best_vs_worst
 import prepare_ratings
 import pytest
 import torch
+from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
 
 from ..tiny import tiny_tokenizer
@@ -261,3 +262,38 @@ def test_scripts_run_by_themselves(tmp_path):
     result = subprocess.run([*command, "--score_column", "helpfulness"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "2 rows from 6" in result.stderr
+
+
+def test_killed_before_its_first_step_a_script_goes_on(tmp_path, capsys):
+    from resumable import Output
+
+    path, settings = tmp_path / "train.jsonl", {"a": 1}
+    for _ in range(3):  # killed as soon as it has begun, again and again
+        Output(path, settings)._file.close()
+    with pytest.raises(SystemExit, match="was begun with other settings"):
+        Output(path, {"a": 2})
+    path.unlink()  # killed between the state and the output
+    output = Output(path, settings)
+    output.step(3, [{"prompt": "a"}, {"prompt": "b"}])
+    output._file.write(b'{"prompt": "half')
+    output._file.close()
+    output = Output(path, settings)
+    assert (output.rows_read, output.rows_written) == (3, 2)
+    output.step(1, [{"prompt": "c"}])
+    output.finish()
+    assert read(path) == [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+    # The folder is a data set
+    assert load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path.parent / "cache"))["prompt"][:] == [
+        "a",
+        "b",
+        "c",
+    ]
+    path.write_text("")
+    (tmp_path / ".train.jsonl.state.json").write_text(
+        (tmp_path / ".train.jsonl.state.json").read_text().replace('"done": true', '"done": false')
+    )
+    with pytest.raises(SystemExit, match="is shorter than"):
+        Output(path, settings)
+    (tmp_path / ".train.jsonl.state.json").unlink()
+    with pytest.raises(SystemExit, match="was not begun by this script"):
+        Output(path, settings)

@@ -324,7 +324,11 @@ def test_step_is_saved_with_the_checkpoint(models, tmp_path, monkeypatch):
 
     for restore in (False, True):  # the Trainer's own way of restoring callbacks replaces them
         resumed = moved_trainer(
-            models["qwen2", False], tmp_path, max_steps=3, restore_callback_states_from_checkpoint=restore
+            models["qwen2", False],
+            tmp_path,
+            max_steps=3,
+            restore_callback_states_from_checkpoint=restore,
+            resume_with_changes=True,
         )
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         first = resumed._finite_difference_step.scale

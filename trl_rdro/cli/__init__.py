@@ -8,6 +8,7 @@ returns the exit code. The file is imported when the command is called, so that 
 import sys
 from importlib import import_module
 
+from ..run.signals import ending_on_signals
 from .errors import report_user_errors
 from .parsing import Parser
 
@@ -47,4 +48,5 @@ def main(argv: list[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
-    return import_module(f".{command}", __package__).main(argv[1:])
+    with ending_on_signals():
+        return import_module(f".{command}", __package__).main(argv[1:])

@@ -6,6 +6,12 @@
 
 import sys
 
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from trl_rdro.run.signals import end_on_signals
+
+    end_on_signals()
+
 from trl import ModelConfig, ScriptArguments
 
 import trl_rdro
@@ -14,6 +20,10 @@ from trl_rdro.iterate.config import METHODS, IterateConfig
 from trl_rdro.iterate.judges import Judge, make_judge
 
 from ..errors import UserError, user_error
+from ..run.disk import DiskFull, full_disk_said
+from ..run.lock import only_run_in
+from ..run.secrets import take_hub_token
+from ..run.signals import say_when_stopped
 from ..tools.loading import load_splits, require_split
 from ..tools.yaml_files import read_yaml
 from .errors import report_user_errors
@@ -32,6 +42,7 @@ from .training_options import (
 LOOP_MODULE = "trl_rdro.cli.iterate"
 # With TRL's 0.1 a logistic loss moves the policy ten times as far, beyond what the loop's defaults keep stable
 DEFAULT_BETA = 1.0
+GO_ON = "the same command goes on where this one was"
 
 
 def find_method(argv: list[str]) -> str:
@@ -104,13 +115,17 @@ def run(argv: list[str] | None = None) -> int:
     (config, script_args, args, model_args), judge, _, unused = parse(sys.argv[1:] if argv is None else argv)
     refuse_launch_flags(unused)
     make_output_dir(args)
-    find_model(args, model_args)
-    rows, monitor_rows = load_prompts(script_args)
-    from trl_rdro.iterate.rounds import Loop
+    take_hub_token(args)
+    say_when_stopped(lambda: GO_ON)
+    room = full_disk_said(args.output_dir, lambda: f"Make room: {GO_ON}.")
+    with user_error(DiskFull), room, only_run_in(args.output_dir):
+        find_model(args, model_args)
+        rows, monitor_rows = load_prompts(script_args)
+        from trl_rdro.iterate.rounds import Loop
 
-    with user_error(ValueError):
-        loop = Loop(config, args, model_args, judge, rows, monitor_rows)
-    result = loop.run()
+        with user_error(ValueError):
+            loop = Loop(config, args, model_args, judge, rows, monitor_rows)
+        result = loop.run()
     if args.process_index == 0:
         stopped = "stopped at the entropy floor, " if result["stopped"] else ""
         print(f"Loop completed: {stopped}model of round {result['final_round'] + 1} in {args.output_dir}/final")

@@ -6,15 +6,19 @@ Parsing builds the configs, so a bad value ends the command before any process i
 """
 
 import importlib.resources
+import os
 import signal
 import subprocess
 from pathlib import Path
 
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..errors import UserError, user_error
+from ..run.secrets import HUB_TOKEN_VARIABLE, split_hub_token
+from ..run.signals import passing_on_signals
 from ..tools.yaml_files import read_yaml
 from .field_values import WORDS, field_hints, options_of
 from .training_options import make_launch_parser, parse
@@ -57,6 +61,9 @@ def launch(method: str, argv: list[str]) -> int:
 
 def launch_module(module: str, module_argv: list[str], launch_argv: list[str]) -> int:
     """Run a module under `accelerate launch`."""
+    module_argv, token = split_hub_token(module_argv)
+    if token is not None:
+        os.environ[HUB_TOKEN_VARIABLE] = token
     args = make_launch_parser().parse_args([*launch_argv, "--module", module, *module_argv])
     if args.training_script != module:
         raise UserError(f"unexpected argument {args.training_script}: a YAML file is given with --config FILE")
@@ -66,14 +73,18 @@ def launch_module(module: str, module_argv: list[str], launch_argv: list[str]) -
         check_accelerate_config(args.config_file)
 
     # Where a training process fails it has already said why, in a sentence or a traceback.
-    try:
-        with user_error(ValueError, OSError, ImportError):
-            launch_command(args)
-    except subprocess.CalledProcessError as error:
-        return exit_code(error.returncode)
-    except ChildFailedError as error:
-        return exit_code(error.get_first_failure()[1].exitcode)
-    return 0
+    returncode = 0
+    with passing_on_signals() as received:
+        try:
+            with user_error(ValueError, OSError, ImportError):
+                launch_command(args)
+        except SignalException as error:  # the launcher of several processes, which has ended them
+            received.append(error.sigval)
+        except subprocess.CalledProcessError as error:
+            returncode = error.returncode
+        except ChildFailedError as error:
+            returncode = error.get_first_failure()[1].exitcode
+    return 128 + received[0] if received else exit_code(returncode)
 
 
 def exit_code(returncode: int) -> int:

@@ -4,9 +4,16 @@ The training run behind `trl-rdro dpo`, `trl-rdro kto` and the files in `scripts
 `python -m trl_rdro.cli.train dpo --config my.yaml` is what every process of a launched run executes.
 """
 
+import sys
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from trl_rdro.run.signals import end_on_signals
+
+    end_on_signals()
+
 import logging
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +30,13 @@ from trl import (
 
 import trl_rdro
 from trl_rdro.checks.models import check_model
-from trl_rdro.trainers.safeguards import is_complete
 
 from ..errors import UserError, user_error
+from ..run.completeness import fault, how_to_go_on
+from ..run.disk import DiskFull, full_disk_said
+from ..run.lock import only_run_in
+from ..run.secrets import take_hub_token
+from ..run.signals import say_when_stopped
 from ..tools.loading import file_builder, load_splits, loading, require_split
 from .errors import report_user_errors
 from .training_options import parse, refuse_launch_flags
@@ -62,8 +73,8 @@ def find_checkpoint(training_args) -> str | bool | None:
         return None
     if wanted.lower() == "true":
         return True
-    if not is_complete(Path(wanted)):
-        raise UserError(f"cannot resume: {wanted} is not a checkpoint that was written to its end")
+    if found := fault(wanted):
+        raise UserError(f"cannot resume: {wanted} is not a complete checkpoint: {found}")
     return wanted
 
 
@@ -130,11 +141,20 @@ def main(method: str, argv: list[str] | None = None) -> int:
     """Train with `method` ("dpo" or "kto") as the command line says, save, and return the exit code."""
     arguments, _, unused = parse(method, sys.argv[1:] if argv is None else argv)
     refuse_launch_flags(unused)
-    script_args, training_args, *_ = arguments
+    training_args = arguments[1]
     make_output_dir(training_args)
-    checkpoint = find_checkpoint(training_args)
-    trainer = build_trainer(method, *arguments)
+    take_hub_token(training_args)
+    output_dir, checkpoint = training_args.output_dir, find_checkpoint(training_args)
+    say_when_stopped(lambda: how_to_go_on(output_dir))
+    room = full_disk_said(output_dir, lambda: f"Make room: {how_to_go_on(output_dir)}.")
+    with user_error(DiskFull), room, only_run_in(output_dir):
+        return train(method, arguments, checkpoint)
 
+
+def train(method: str, arguments: tuple, checkpoint: str | bool | None) -> int:
+    """Build the trainer, train, and leave in the output directory what a run leaves."""
+    script_args, training_args, *_ = arguments
+    trainer = build_trainer(method, *arguments)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()  # trainer_state.json, which holds the curves
     trainer.save_model(training_args.output_dir)

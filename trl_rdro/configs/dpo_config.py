@@ -60,7 +60,7 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
             the dtype and adapted to the logged gap `wdpo/gap`.
         inner_loss_type (`str`, *optional*, defaults to `"sigmoid"`):
             The loss of a pair inside `kldpo` and `wdpo`: `"sigmoid"` (with `label_smoothing`), `"ipo"` or `"hinge"`.
-        plot:
+        plot, resume_with_changes:
             See [`RunConfig`].
     """
 

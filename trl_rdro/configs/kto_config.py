@@ -33,7 +33,7 @@ class KTOConfig(DensityRatioConfig, RunConfig, trl.KTOConfig):
         train_sampling_strategy (`str`, *optional*):
             If `None`, `"random"` for `ddro` and `rdro`, and TRL's default `"sequential"`, which its estimate of the KL
             divergence needs, for the other losses.
-        plot:
+        plot, resume_with_changes:
             See [`RunConfig`].
     """
 

@@ -14,17 +14,27 @@ _NEVER_LISTED = {"azure_ml", "flyte"}  # among the trackers that transformers fi
 @dataclass
 class RunConfig:
     """
-    Fields of the command line's training run.
+    Fields about the run.
 
     Parameters:
         plot (`bool`, *optional*, defaults to `False`):
             Draw the run's curves to `curves.png` in `output_dir` at the end of a run of `trl-rdro dpo` or `trl-rdro
             kto`. Needs matplotlib. `trl-rdro plot` draws the same later.
+        resume_with_changes (`bool`, *optional*, defaults to `False`):
+            Resume from a checkpoint that was begun with other settings (another loss, option, model, data set, seed,
+            batch size or number of processes), which is otherwise refused.
     """
 
     plot: bool = field(
         default=False,
         metadata={"help": "Draw the run's curves to `curves.png` in `output_dir` at its end. Needs matplotlib."},
+    )
+    resume_with_changes: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume from a checkpoint that was begun with other settings (another loss, option, model, data "
+            "set, seed, batch size or number of processes), which is otherwise refused."
+        },
     )
 
     def _validate_run(self) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..log import get_logger
+from ..run.files import partial, write_json
 from .config import IterateConfig
-from .files import partial, write_json
 from .report import Figures, best_round
 from .report_plot import draw_report
 

@@ -5,6 +5,7 @@ Whatever goes wrong in one is the user's to mend: a `UserError` names the functi
 """
 
 import importlib
+import inspect
 import math
 import os
 import reprlib
@@ -22,6 +23,14 @@ FAILURES = (Exception, SystemExit)
 
 def name_of(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
+
+
+def source_of(function: Callable) -> str:
+    """The text of a function, or of the class of one that is called; its name where there is no text."""
+    try:
+        return inspect.getsource(function if hasattr(function, "__code__") else type(function))
+    except (OSError, TypeError):  # compiled, or typed in
+        return name_of(function)
 
 
 def load_function(path: str) -> Callable[..., list[float]]:

@@ -5,6 +5,7 @@ A judge compares two completions of a prompt by the probability that the first w
 single completions. Prompts are rows of the data set, whose other columns go to the functions as keyword arguments.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, user_error
+from ..run.files import Row, read_rows
 from .config import IterateConfig
-from .files import Row, read_rows
-from .functions import ask, load_function, name_of
+from .functions import ask, load_function, name_of, source_of
 
 
 class MissingLabels(ValueError):
@@ -29,6 +30,13 @@ class Judge:
     """Compares completions. `gives_rewards` tells whether it also scores them."""
 
     gives_rewards = True
+    functions: Sequence[Callable] = ()
+
+    def source(self) -> str | None:
+        """A checksum of the text of its functions (not of what they call), or None for a file of labels, which may
+        grow."""
+        texts = [source_of(function) for function in self.functions]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12] if texts else None
 
     def rewards(self, rows: Sequence[Row], completions: Sequence[str]) -> list[float]:
         """The reward of each completion; `rows` has its prompt's row."""
@@ -60,7 +68,7 @@ class PreferenceFunction(Judge):
     gives_rewards = False
 
     def __init__(self, function: Callable[..., list[float]]):
-        self.function = function
+        self.function, self.functions = function, [function]
 
     def preferences(self, rows, first, second):
         prompts = [row["prompt"] for row in rows]

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..run.files import Row, read_rows, write_rows
 from .config import IterateConfig
-from .files import Row, read_rows, write_rows
 from .judges import Judge, MissingLabels
 from .pairs import Judged, judge_prompts, select_pairs
 from .prompts import Prompt

@@ -5,8 +5,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..run.files import Row
 from .config import IterateConfig
-from .files import Row
 from .judges import Judge
 
 

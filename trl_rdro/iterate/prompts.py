@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..log import get_logger
-from .files import Row
+from ..run.files import Row
 
 
 logger = get_logger(__name__)

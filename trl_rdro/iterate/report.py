@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..run.files import Row, read_json, read_rows
 from .config import IterateConfig
-from .files import Row, read_json, read_rows
 from .judges import Judge, MissingLabels
 from .margins import preference_norm, stability_margin
 from .stability import distance, loss_strength, mean_and_error, near_return

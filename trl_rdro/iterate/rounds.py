@@ -26,9 +26,10 @@ from typing import Any
 from accelerate import PartialState
 
 from ..log import get_logger
+from ..run.files import Row, read_json, read_rows, write_json
+from ..run.lock import only_run_in
 from ..tools.loading import load_processing_class
 from .config import IterateConfig
-from .files import Row, read_json, read_rows, write_json
 from .finish import prune, result_of, write_result
 from .judges import Judge
 from .judging import judge_round
@@ -36,7 +37,7 @@ from .policies import Policies
 from .prompts import Prompt, short_enough, tokenize
 from .report import Figures, entropy, in_one_line, judge_policy, round_report
 from .sampling import Generation, Sampler, flip_coins
-from .settings import check_settings
+from .settings import check_settings, require_last_model
 from .training import train_round
 
 
@@ -76,10 +77,19 @@ class Loop:
         self.monitor = short_enough(tokenize(tokenizer, monitor_rows[: config.monitor_prompts]), *room)
         self.policies = Policies(args, model_args)
         self.sampler = Sampler(self.policies, tokenizer, config)
-        self.settings = check_settings(self.root / "settings.json", config, args, model_args, self.prompts)
+        self.settings = check_settings(self.root / "settings.json", config, args, model_args, judge, self.prompts)
+        require_last_model(self.root, self._folder(config.rounds - 1), config)
 
     def run(self) -> Figures:
-        """Run the rounds that are not complete. Returns what is written to `output_dir/report.json`."""
+        """Run the rounds that are not complete. Returns what is written to `output_dir/report.json`.
+
+        Raises:
+            `UserError`: on every rank, if another process runs in the output directory.
+        """
+        with only_run_in(self.root):
+            return self._run()
+
+    def _run(self) -> Figures:
         margin = self.config.guaranteed_margin(self.args)
         if margin is not None:
             meaning = "stable" if margin > 0 else "stability depends on the judge; see the margin of each round"

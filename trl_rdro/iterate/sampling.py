@@ -19,8 +19,8 @@ from accelerate import PartialState
 from transformers import GenerationConfig
 
 from ..compat import trl as trl_compat
+from ..run.files import read_json, write_json, write_rows
 from .config import IterateConfig
-from .files import read_json, write_json, write_rows
 from .policies import Policies
 from .prompts import Ids, Prompt
 

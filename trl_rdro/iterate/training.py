@@ -12,10 +12,10 @@ from trl import get_peft_config, get_quantization_config
 
 from ..configs.density_ratio_config import DENSITY_RATIO_LOSSES
 from ..errors import user_error
+from ..run.files import Row, partial
 from ..trainers.dpo_trainer import DPOTrainer
 from ..trainers.kto_trainer import KTOTrainer
 from .config import IterateConfig
-from .files import Row, partial
 from .policies import load_adapter
 
 

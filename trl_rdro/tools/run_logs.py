@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, user_error
-
-
-STATE = "trainer_state.json"
+from ..run.completeness import STATE, checkpoints, has_state
 
 
 def is_number(value: Any) -> bool:
@@ -44,12 +42,10 @@ def log_history(run: str) -> list[dict]:
         raise UserError(f"no such directory: {run}")
     states = [read_state(directory / STATE)] if (directory / STATE).exists() else []
     reached = states[0].get("global_step", 0) if states else -1
-    numbers = [path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")]
-    if any(number.isdigit() and int(number) > reached for number in numbers):
-        from ..trainers.safeguards import last_complete_checkpoint
-
-        if checkpoint := last_complete_checkpoint(run):
-            states.append(read_state(Path(checkpoint) / STATE))
+    for checkpoint in checkpoints(run):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > reached and has_state(checkpoint):
+            states.append(read_state(checkpoint / STATE))
+            break
     if not states:
         raise UserError(f"no {STATE} in {run} or in a complete checkpoint there: is it the output_dir of a run?")
     return max(states, key=lambda state: state.get("global_step", 0))["log_history"]

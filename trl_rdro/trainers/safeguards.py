@@ -1,21 +1,18 @@
-"""What keeps a run from going wrong in silence: finite losses, guard rails, whole checkpoints, a known reference."""
+"""What keeps a run from going wrong in silence: finite losses, guard rails, a known reference."""
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..compat import engines
 from ..compat import trl as trl_compat
 from ..log import get_logger
+from .checkpoints import Checkpoints
 from .guard_rails import GuardRails
-from .hosts import Host
 from .noise import NoiseState
 from .start import distance_from_reference, first_step_sentence, require_trainable, share_that_cannot_move
 
@@ -25,25 +22,7 @@ logger = get_logger(__name__)
 MANY_STUCK = 0.5  # of the trained parameters
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end. Its `trainer_state.json` comes last."""
-    try:
-        return "global_step" in json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-
-
-def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint below `output_dir` that was written to its end, if there is one."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for checkpoint in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        if is_complete(checkpoint):
-            return str(checkpoint)
-        logger.warning(f"{checkpoint} was not written to its end and is passed over.")
-    return None
-
-
-class Safeguards(Host):
+class Safeguards(Checkpoints):
     """Mixin of the trainers, before TRL's class."""
 
     # Whether a run that is not resumed starts with the policy equal to the reference
@@ -52,7 +31,6 @@ class Safeguards(Host):
     def _set_up_safeguards(self, model: Any, given_reference: bool) -> None:
         require_trainable(self.model)
         self._guard_rails = GuardRails(self.args)
-        self._resumed_from: str | None = None
         self._starts_at_reference = self._starts_at_reference and not given_reference
         self._evaluation_prefix = "eval"
         logger.info(f"Reference model: {self._describe_reference(model, given_reference)}.")
@@ -185,38 +163,6 @@ class Safeguards(Host):
             means = trl_compat.take_metrics(self)
             logs |= {f"{self._evaluation_prefix}_{name}": value for name, value in means.items()}
         super().log(logs, start_time)
-
-    # Checkpoints
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As TRL's. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end, and starts
-        from the beginning where there is none, so that a run can be started again by the same command."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            logger.info(
-                f"Resuming from {resume_from_checkpoint}."
-                if resume_from_checkpoint
-                else f"No complete checkpoint in {self.args.output_dir}: starting from the beginning."
-            )
-        elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
-            raise ValueError(
-                f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is not a checkpoint that was written to "
-                "its end. Give another, or True for the last complete one."
-            )
-        self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _save_checkpoint(self, model, trial):
-        # One that is written over is incomplete from now on
-        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if self.args.should_save:
-            (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir):
-        # What follows is `trainer_state.json`, the mark of a complete checkpoint: not before all ranks have written
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
 
     # Reference
 

@@ -1,0 +1,229 @@
+"""A run that is killed, stopped or damaged, and started again by the same command, ends with the uninterrupted run's
+weights to the last bit."""
+
+import filecmp
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from trl_rdro.run.completeness import fault, is_complete, last_complete_checkpoint
+
+from ..tiny import cpu_args, save_tiny, tiny_preferences
+from .interruption_worker import run_in_process
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict:
+    root = tmp_path_factory.mktemp("inputs")
+    tiny_preferences(40).to_json(str(root / "pairs.jsonl"))
+    return {"model_name_or_path": save_tiny(root), "dataset_name": str(root / "pairs.jsonl")}
+
+
+def command(method: str, inputs: dict, output: Path, **settings) -> list[str]:
+    settings = cpu_args(
+        **inputs,
+        output_dir=str(output),
+        max_steps=9,
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        save_strategy="steps",
+        save_steps=3,
+        resume_from_checkpoint=True,
+        **settings,
+    )
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings))
+    return [method, "--config", str(path)]
+
+
+RUNS = {
+    "kldpo": ("dpo", {"loss_type": "kldpo", "gradient_accumulation_steps": 2}),
+    "wdpo": ("dpo", {"loss_type": "wdpo", "wdpo_rho": 1.0}),
+    "kto rdro": ("kto", {"loss_type": "rdro", "gradient_accumulation_steps": 2}),
+    "sigmoid": ("dpo", {"loss_type": "sigmoid"}),
+    "kto": ("kto", {"loss_type": "kto"}),
+    "lora with dropout": (
+        "dpo",
+        {
+            "loss_type": "rdro",
+            "use_peft": True,
+            "lora_target_modules": "all-linear",
+            "lora_dropout": 0.1,
+            "disable_dropout": False,
+        },
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_interrupted_in_every_way_a_run_ends_with_the_same_weights(inputs, tmp_path, run):
+    method, settings = RUNS[run]
+    log = tmp_path / "log"
+    weights = "adapter_model.safetensors" if settings.get("use_peft") else "model.safetensors"
+    assert run_in_process(command(method, inputs, tmp_path / "whole", **settings), None, str(log)) == 0, (
+        log.read_text()
+    )
+    broken = tmp_path / "broken"
+    argv = command(method, inputs, broken, **settings)
+
+    def stopped(moment: str, code: int) -> str:
+        assert run_in_process(argv, moment, str(log)) == code, log.read_text()
+        text = log.read_text()
+        assert "Traceback" not in text
+        return text
+
+    assert "SIGTERM: there is no complete checkpoint yet" in stopped("SIGTERM step 2", 143)
+    stopped("SIGKILL step 4", -9)
+    assert last_complete_checkpoint(broken) == str(broken / "checkpoint-3")
+    said = stopped("SIGINT step 5", 130)
+    assert (
+        said.count("trl-rdro: stopped by SIGINT: the same command with `resume_from_checkpoint: true` goes on ") == 1
+    )
+    stopped("SIGKILL writing 6", -9)
+    assert (broken / "checkpoint-6").exists() and not is_complete(broken / "checkpoint-6")
+    said = stopped("SIGTERM step 8", 143)
+    assert "checkpoint-6 is not complete and is passed over: it was not written to its end" in said
+    assert "Resuming from" in said and f"goes on from {broken / 'checkpoint-6'}." in said
+    os.truncate(broken / "checkpoint-6" / "optimizer.pt", 1000)
+    assert run_in_process(argv, None, str(log)) == 0, log.read_text()
+    assert "checkpoint-6 is not complete and is passed over: optimizer.pt is damaged" in log.read_text()
+    assert filecmp.cmp(tmp_path / "whole" / weights, broken / weights, shallow=False)
+    first = tmp_path / "whole" / "checkpoint-3" / weights
+    assert not filecmp.cmp(first, broken / weights, shallow=False), "equality says something"
+    assert fault(broken / "checkpoint-9") is None
+
+
+def run_worker(model: str, output: Path, loss: str, die_at: str = "") -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = ["-m", "tests.trainers.crash_worker", model, str(output), loss, die_at]
+    return subprocess.run([sys.executable, *launcher, *worker], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_two_processes_with_sharded_states(inputs, tmp_path):
+    """ZeRO-3: killed between checkpoints, then while one is written, then one rank's part of the newest is damaged."""
+    pytest.importorskip("deepspeed")
+    model = inputs["model_name_or_path"]
+    whole = run_worker(model, tmp_path / "whole", "wdpo")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    broken = tmp_path / "broken"
+    for die_at in ("step 4", "writing 6"):  # checkpoints at 3, 6 and 9 of 9 steps
+        assert "Signal 9 (SIGKILL)" in run_worker(model, broken, "wdpo", die_at).stderr
+    assert (broken / "checkpoint-6").exists() and not is_complete(broken / "checkpoint-6")
+    assert "Signal 9 (SIGKILL)" in run_worker(model, broken, "wdpo", "step 8").stderr
+    assert is_complete(broken / "checkpoint-6")
+    shard = next((broken / "checkpoint-6").glob("global_step6/*zero_pp_rank_1*optim_states.pt"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    finished = run_worker(model, broken, "wdpo")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert f"checkpoint-6 is not complete and is passed over: {shard.name} is damaged" in finished.stderr
+    weights, resumed = (torch.load(path / "final.pt") for path in (tmp_path / "whole", broken))
+    assert weights.keys() == resumed.keys() and all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def wait_for(condition, process, seconds: int = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds_after_launch", [None, 1.5])
+def test_a_signal_while_libraries_are_imported(inputs, tmp_path, seconds_after_launch):
+    """In the command itself, and in the training process: no traceback, however early."""
+    argv = command("dpo", inputs, tmp_path / "out", loss_type="rdro")
+    start = [sys.executable, "-m", "trl_rdro.cli", *argv]
+    process = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    if seconds_after_launch is None:
+        time.sleep(2)
+    else:
+        wait_for(lambda: psutil.Process(process.pid).children(), process)
+        time.sleep(seconds_after_launch)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert sum(line.startswith("trl-rdro: stopped by SIGINT") for line in said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+LAUNCHERS = {
+    "one process": ([], ["-m", "trl_rdro.cli"]),
+    "two processes": (["--num_processes", "2", "--num_machines", "1", "--multi_gpu"], ["-m", "trl_rdro.cli"]),
+    "accelerate launch": (
+        [],
+        ["-m", "accelerate.commands.launch", "--num_processes", "1", "-m", "trl_rdro.cli.train"],
+    ),
+    "torchrun": ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "trl_rdro.cli.train"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher, signum, whole_group",
+    [
+        ("one process", signal.SIGTERM, False),
+        ("one process", signal.SIGINT, True),
+        ("two processes", signal.SIGTERM, False),
+        ("accelerate launch", signal.SIGTERM, False),
+        ("torchrun", signal.SIGTERM, False),
+    ],
+)
+def test_a_signal_ends_the_whole_tree(inputs, tmp_path, launcher, signum, whole_group):
+    """From a terminal Ctrl-C reaches the whole process group, `kill` the launcher only."""
+    output = tmp_path / "out"
+    argv = command("dpo", inputs, output, loss_type="rdro", rdro_alpha=0.4)
+    settings = yaml.safe_load(Path(argv[2]).read_text()) | {
+        "max_steps": 100_000,
+        "save_steps": 20,
+        "save_total_limit": 2,
+    }
+    Path(argv[2]).write_text(yaml.safe_dump(settings))
+    flags, start = LAUNCHERS[launcher]
+    process = subprocess.Popen(
+        [sys.executable, *start, *argv, *flags],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: last_complete_checkpoint(output), process)
+        tree = psutil.Process(process.pid).children(recursive=True)
+        assert tree
+        start = time.monotonic()
+        (os.killpg if whole_group else os.kill)(process.pid, signum)
+        _, said = process.communicate(timeout=30)
+        gone, alive = psutil.wait_procs(tree, timeout=10)
+        assert not alive and time.monotonic() - start < 15
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    name = signal.Signals(signum).name if launcher != "accelerate launch" else "SIGTERM"
+    said_here = [line for line in said.splitlines() if line.startswith("trl-rdro: stopped by")]
+    assert len(said_here) == 1, said[-3000:]
+    assert said_here[0].startswith(
+        f"trl-rdro: stopped by {name}: the same command with `resume_from_checkpoint: true`"
+    )
+    assert last_complete_checkpoint(output) in said_here[0]
+    if "trl_rdro.cli" in start_of(launcher):  # the others' own ends are theirs
+        assert process.returncode == 128 + signum
+        assert "Traceback" not in said, said[-3000:]
+
+
+def start_of(launcher: str) -> list[str]:
+    return LAUNCHERS[launcher][1]
