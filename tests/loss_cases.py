@@ -38,4 +38,10 @@ LOSS_CASES = {
     "rdro": LossCase(2 * LOG2),
     "kldpo": LossCase(LOG2, {"kldpo_tau": 0.05}, WEIGHTS),
     "wdpo": LossCase(LOG2, {"wdpo_rho": 0.1}, ("grad_norm", "penalty", "gap", "eps"), coupled={"wdpo_penalty": "rms"}),
+    "cdpo": LossCase(LOG2, {"label_smoothing": 0.1}),
+    "holder": LossCase(-0.5),
+    "ropo": LossCase(56 / 225 * (LOG2 + 7)),
+    "chipo": LossCase(LOG2),
+    "dpop": LossCase(LOG2),
+    "adadpo": LossCase(0.01),
 }

@@ -10,19 +10,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from trl_rdro import DPOConfig, DPOTrainer
-from trl_rdro.configs.dpo_config import OUR_DPO_LOSSES, TRL_DPO_LOSSES
+from trl_rdro.configs.dpo_config import TRL_DPO_LOSSES
 
+from ..loss_cases import LOSS_CASES
 from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
 
 
 TRL_METRICS = """entropy num_tokens logits/chosen logits/rejected mean_token_accuracy rewards/chosen rewards/rejected
     rewards/accuracies rewards/margins logps/chosen logps/rejected""".split()
-OUR_METRICS = {
-    "ddro": ["ddro/capped_chosen", "ddro/capped_rejected"],
-    "rdro": [],
-    "kldpo": ["kldpo/effective_sample_size", "kldpo/max_weight"],
-    "wdpo": ["wdpo/grad_norm", "wdpo/penalty"],
-}
+# Losses of pairs differ in one function only, which other tests look at: here one stands for all
+KINDS = ["ddro", "rdro", "kldpo", "wdpo", "holder"]
+ONLY_IN_TRAINING = ("gap", "eps")
 LORA = dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -147,7 +145,7 @@ class CountForwards(TrainerCallback):
 
 @pytest.mark.parametrize("model_name", ["qwen2", "llama"])
 @pytest.mark.parametrize("precompute", [False, True])
-@pytest.mark.parametrize("loss_type", OUR_DPO_LOSSES)
+@pytest.mark.parametrize("loss_type", KINDS)
 def test_first_loss_is_the_constant_and_all_metrics_are_logged(request, tmp_path, model_name, loss_type, precompute):
     trainer = train(
         request.getfixturevalue(model_name),
@@ -160,21 +158,21 @@ def test_first_loss_is_the_constant_and_all_metrics_are_logged(request, tmp_path
     )
     first, evaluation = trainer.state.log_history[0], trainer.state.log_history[4]
     penalty = first.get("wdpo/penalty", 0.0)
-    constant = math.log(2) if loss_type in ("kldpo", "wdpo") else 2 * math.log(2)
-    assert first["loss"] - penalty == pytest.approx(constant, abs=2e-6)
+    assert first["loss"] - penalty == pytest.approx(LOSS_CASES[loss_type].constant, abs=2e-6)
     assert first["logratios/chosen"] == pytest.approx(0, abs=1e-5)
-    for name in [*TRL_METRICS, "logratios/chosen", "logratios/rejected", *OUR_METRICS[loss_type]]:
+    own = [f"{loss_type}/{metric}" for metric in LOSS_CASES[loss_type].metrics if metric not in ONLY_IN_TRAINING]
+    for name in [*TRL_METRICS, "logratios/chosen", "logratios/rejected", *own]:
         assert math.isfinite(first[name]) and math.isfinite(evaluation[f"eval_{name}"]), name
     for own, theirs in (("logratios/chosen", "rewards/chosen"), ("logratios/rejected", "rewards/rejected")):
         assert evaluation[f"eval_{own}"] * trainer.beta == pytest.approx(evaluation[f"eval_{theirs}"], rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("loss_type", OUR_DPO_LOSSES)
+@pytest.mark.parametrize("loss_type", KINDS)
 def test_each_loss_learns(qwen2, tmp_path, loss_type, lora):
     """Held-out loss falls from its constant, held-out accuracy rises from chance to nearly all."""
     # A small step for the log-ratios themselves, which have no beta, and a large one for those times beta
-    learning_rate = {"ddro": 5e-4, "rdro": 1e-3, "kldpo": 3e-3, "wdpo": 3e-3}[loss_type] * (5 if lora else 1)
+    learning_rate = {"ddro": 5e-4, "rdro": 1e-3}.get(loss_type, 3e-3) * (5 if lora else 1)
     evaluation = tiny_preferences(64, seed=1)
     kwargs = {"eval_dataset": evaluation, "train_dataset": tiny_preferences(256)}
     if lora:
@@ -208,7 +206,7 @@ def test_mixture_with_trls_losses_adds_up(qwen2, tmp_path):
         loss.backward()
         return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
-    for name in OUR_DPO_LOSSES:
+    for name in KINDS:
         mixed_loss, mixed = gradients(loss_type=[name, "sft", "sigmoid"], loss_weights=[1.0, 0.25, 0.5])
         parts = [gradients(loss_type=name), gradients(loss_type="sft"), gradients(loss_type="sigmoid")]
         weights = [1.0, 0.25, 0.5]
@@ -221,7 +219,7 @@ def test_mixture_with_trls_losses_adds_up(qwen2, tmp_path):
         assert (mixed - expected).norm() < tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("loss_type", OUR_DPO_LOSSES)
+@pytest.mark.parametrize("loss_type", KINDS)
 def test_resume_gives_the_same_weights(qwen2, tmp_path, loss_type):
     settings = {"loss_type": loss_type, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     if loss_type == "kldpo":
@@ -238,7 +236,7 @@ def _with_batch(settings):
     return {"per_device_train_batch_size": 8, **settings}
 
 
-@pytest.mark.parametrize("loss_type", OUR_DPO_LOSSES)
+@pytest.mark.parametrize("loss_type", KINDS)
 def test_saved_model_reloads(qwen2, tmp_path, loss_type):
     trainer = train(qwen2, tmp_path, loss_type=loss_type)
     trainer.save_model(str(tmp_path / "saved"))
@@ -247,7 +245,7 @@ def test_saved_model_reloads(qwen2, tmp_path, loss_type):
         assert torch.equal(dict(reloaded.named_parameters())[name], parameter), name
 
 
-@pytest.mark.parametrize("loss_type", OUR_DPO_LOSSES)
+@pytest.mark.parametrize("loss_type", KINDS)
 @pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*:UserWarning")
 def test_qlora(qwen2, tmp_path, loss_type):
     quantization = BitsAndBytesConfig(
@@ -266,7 +264,7 @@ def test_qlora(qwen2, tmp_path, loss_type):
     assert trained and all(p.abs().max() > 0 for p in trained)
 
 
-@pytest.mark.parametrize("loss_type", OUR_DPO_LOSSES)
+@pytest.mark.parametrize("loss_type", KINDS)
 def test_training_a_given_adapter_starts_at_the_constant(qwen2, tmp_path, loss_type):
     """With a pretrained adapter TRL's reference is a copy of it, not the base model."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(qwen2), LoraConfig(**LORA))
@@ -275,7 +273,7 @@ def test_training_a_given_adapter_starts_at_the_constant(qwen2, tmp_path, loss_t
             torch.nn.init.normal_(parameter, std=0.1)
     trainer = train(model, tmp_path, loss_type=loss_type, trainer_kwargs={"processing_class": tiny_tokenizer()})
     first = trainer.state.log_history[0]
-    constant = math.log(2) if loss_type in ("kldpo", "wdpo") else 2 * math.log(2)
+    constant = LOSS_CASES[loss_type].constant
     assert first["loss"] - first.get("wdpo/penalty", 0.0) == pytest.approx(constant, abs=1e-5)
     assert first["logratios/chosen"] == pytest.approx(0, abs=1e-5)
 
@@ -337,12 +335,12 @@ def test_mixture_of_experts_keeps_its_load_balancing_loss(tmp_path):
     MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     logs = {}
-    for loss_type in ("sigmoid", *OUR_DPO_LOSSES):
+    for loss_type in ("sigmoid", *KINDS):
         trainer = train(str(tmp_path / "model"), tmp_path, loss_type=loss_type, max_steps=1)
         logs[loss_type] = trainer.state.log_history[0]
-    for loss_type in OUR_DPO_LOSSES:
+    for loss_type in KINDS:
         log = logs[loss_type]
-        constant = math.log(2) if loss_type in ("kldpo", "wdpo") else 2 * math.log(2)
+        constant = LOSS_CASES[loss_type].constant
         assert log["aux_loss"] == pytest.approx(logs["sigmoid"]["aux_loss"], rel=1e-3)
         assert log["loss"] == pytest.approx(constant + log.get("wdpo/penalty", 0) + 0.1 * log["aux_loss"], abs=1e-4)
 

@@ -5,16 +5,15 @@ import torch
 
 from trl_rdro import DPOConfig, DPOTrainer
 
+from ..loss_cases import LOSS_CASES
 from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
 
 
 LOSSES = {
-    "ddro": {"loss_type": "ddro"},
-    "rdro": {"loss_type": "rdro"},
-    "kldpo": {"loss_type": "kldpo", "kldpo_tau": 0.05},
+    **{name: {"loss_type": name, **case.settings} for name, case in LOSS_CASES.items()},
     "kldpo_ipo": {"loss_type": "kldpo", "kldpo_tau": 0.5, "inner_loss_type": "ipo"},
     "kldpo+sigmoid": {"loss_type": ["kldpo", "sigmoid"], "loss_weights": [1.0, 0.3], "kldpo_tau": 0.05},
-    "wdpo": {"loss_type": "wdpo", "wdpo_rho": 0.5},
+    "kldpo_dpop": {"loss_type": "kldpo", "kldpo_tau": 0.5, "inner_loss_type": "dpop"},
     "dpo": {"loss_type": "sigmoid"},
 }
 

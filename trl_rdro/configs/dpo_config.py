@@ -6,18 +6,24 @@ from dataclasses import dataclass, field
 
 import trl
 
+from ..log import get_logger
 from ..losses.types import LOSS_TYPES, of_family
 from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig
+from .pair_loss_config import PairLossConfig
 from .run_config import RunConfig
 from .validation import require_choice, require_in_range, require_reverse_kl
 
 
+logger = get_logger(__name__)
+
 ROBUST_LOSSES = of_family("robust")
+PAIR_LOSSES = of_family("pair")
 OUR_DPO_LOSSES = tuple(LOSS_TYPES)
 # TRL's that stand in `trl_rdro.losses` too, and our losses of a pair
-INNER_LOSSES = ("sigmoid", "ipo", "hinge", *of_family("pair"))
+INNER_LOSSES = ("sigmoid", "ipo", "hinge", *PAIR_LOSSES)
 WDPO_PENALTIES = ("squared", "rms")
 TRL_SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
+SMOOTHED_INNER_LOSSES = {"sigmoid", "cdpo"}
 
 _TRL_LOSS_TYPE_HELP = trl.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
 # TRL does not validate `loss_type`, and names the possible ones in its help text only
@@ -25,17 +31,19 @@ TRL_DPO_LOSSES = tuple(re.findall(r"`'(\w+)'`", _TRL_LOSS_TYPE_HELP))
 
 
 @dataclass
-class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
+class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
     r"""
     Configuration class for the [`DPOTrainer`]: [`trl.DPOConfig`] and the fields of our losses.
 
-    `loss_type` takes, beside all of TRL's, `"ddro"`, `"rdro"`, `"kldpo"` and `"wdpo"`, alone or in a list with
-    `loss_weights`. `beta` and `label_smoothing` are those of the inner loss of `kldpo` and `wdpo`; `ddro` and `rdro`
-    have no beta, it only scales their logged rewards.
+    `loss_type` takes, beside all of TRL's, those of `trl_rdro.losses.types.LOSS_TYPES`, alone or in a list with
+    `loss_weights`. `beta` and `label_smoothing` are those of a loss of pairs, or of the inner loss of a robust one;
+    `ddro` and `rdro` have no beta, it only scales their logged rewards.
 
     Parameters:
         ddro_t, ddro_cap, rdro_alpha:
             See [`DensityRatioConfig`]. On pairs, half of the completions are preferred.
+        holder_gamma, ropo_alpha, chipo_clip, dpop_lambda, adadpo_rho0, adadpo_tau_min, adadpo_tau_max:
+            See [`PairLossConfig`].
         kldpo_tau (`float`, *optional*, defaults to `1.0`):
             τ of KLDPO, > 0: temperature of the weights softmax(loss / τ) over the pairs of an optimiser step. Large is
             DPO, small is the worst pair only. Published runs: 0.5 to 5 at `beta=0.1`, 0.005 to 0.05 at `beta=0.01`.
@@ -53,7 +61,8 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
             Step of WDPO's central difference relative to the norm of a pair's embeddings, > 0. If `None`, chosen by
             the dtype and adapted to the logged gap `wdpo/gap`.
         inner_loss_type (`str`, *optional*, defaults to `"sigmoid"`):
-            The loss of a pair inside `kldpo` and `wdpo`: `"sigmoid"` (with `label_smoothing`), `"ipo"` or `"hinge"`.
+            The loss of a pair inside a robust loss: `"sigmoid"` (with `label_smoothing`), `"ipo"`, `"hinge"`, or one
+            of our losses of pairs.
         plot:
             See [`RunConfig`].
     """
@@ -117,9 +126,15 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
         self._validate_loss_types()
         self._validate_run()
         self._validate_density_ratio()
+        self._validate_pair_losses()
         self._validate_robust()
         self._validate_combinations()
         super().__post_init__()
+        if "cdpo" in self.loss_type and self.label_smoothing == 0:
+            logger.warning(
+                "`cdpo` with `label_smoothing=0` is DPO. Set it to the share of flipped labels that you expect; the "
+                "published value is 0.1."
+            )
 
     def _validate_loss_types(self) -> None:
         if not isinstance(self.loss_type, (list, tuple)) or not self.loss_type:
@@ -155,7 +170,6 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
     def _validate_combinations(self) -> None:
         ours = [loss_type for loss_type in self.loss_type if loss_type in OUR_DPO_LOSSES]
         density_ratio = [loss_type for loss_type in ours if loss_type in DENSITY_RATIO_LOSSES]
-        robust = [loss_type for loss_type in ours if loss_type in ROBUST_LOSSES]
         if ours:
             require_reverse_kl(ours, self.f_divergence_type)
         if density_ratio and self.ld_alpha is not None:
@@ -170,20 +184,27 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
                 "distribution that these losses take their expectations over, reweight or perturb. Set "
                 "`use_weighting=False`."
             )
-        if robust:
+        # The losses of pairs in use: by themselves, and inside a robust loss
+        pairwise = [name for name in ours if name in PAIR_LOSSES]
+        if not set(ours).isdisjoint(ROBUST_LOSSES):
+            pairwise.append(self.inner_loss_type)
+        if pairwise:
             require_in_range("beta", self.beta, 0, math.inf, "a positive number")
-            if self.inner_loss_type == "sigmoid":
-                require_in_range(
-                    "label_smoothing",
-                    self.label_smoothing,
-                    0,
-                    0.5,
-                    "a number in [0, 0.5)",
-                    "It is the assumed probability that a label is flipped.",
-                    low_included=True,
-                )
-            elif self.label_smoothing and TRL_SMOOTHED_LOSSES.isdisjoint(self.loss_type):
-                raise ValueError(
-                    f"`label_smoothing={self.label_smoothing}` has no effect with "
-                    f"`inner_loss_type={self.inner_loss_type!r}`. Set it to 0 or use `inner_loss_type='sigmoid'`."
-                )
+            self._validate_label_smoothing(pairwise)
+
+    def _validate_label_smoothing(self, pairwise: list[str]) -> None:
+        if not SMOOTHED_INNER_LOSSES.isdisjoint(pairwise):
+            require_in_range(
+                "label_smoothing",
+                self.label_smoothing,
+                0,
+                0.5,
+                "a number in [0, 0.5)",
+                "It is the assumed probability that a label is flipped.",
+                low_included=True,
+            )
+        elif self.label_smoothing and TRL_SMOOTHED_LOSSES.isdisjoint(self.loss_type):
+            raise ValueError(
+                f"`label_smoothing={self.label_smoothing}` has no effect with {' and '.join(map(repr, pairwise))}. "
+                "Set it to 0, or use 'cdpo', alone or as `inner_loss_type`."
+            )

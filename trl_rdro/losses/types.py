@@ -42,6 +42,12 @@ LOSS_TYPES = {
     "rdro": LossType("density_ratio", "relative density ratio", papers.RDRO, of_differences=False),
     "kldpo": LossType("robust", "worst case in a KL ball", papers.ROBUST, temperature="kldpo_tau"),
     "wdpo": LossType("robust", "worst case in a Wasserstein ball", papers.ROBUST),
+    "cdpo": LossType("pair", "told the share of flipped labels", papers.DPO),
+    "holder": LossType("pair", "lets go of contradicted pairs", papers.HOLDER),
+    "ropo": LossType("pair", "bounds the pull of contradicted pairs", papers.ROPO),
+    "chipo": LossType("pair", "chi-squared tie to the reference", papers.CHIPO, of_differences=False),
+    "dpop": LossType("pair", "keeps the chosen completion likely", papers.DPOP, of_differences=False),
+    "adadpo": LossType("pair", "a temperature for each pair", papers.ADADPO),
 }
 
 

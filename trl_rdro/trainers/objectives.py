@@ -1,11 +1,36 @@
 """Which function and which options a loss type is: the one place that says so. Testable without a trainer."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import losses
 from ..configs.density_ratio_config import DensityRatioConfig
+
+
+class Pairs(NamedTuple):
+    """What a loss of pairs may look at."""
+
+    chosen: torch.Tensor  # (n,) log-ratios summed over each completion's tokens, in nats
+    rejected: torch.Tensor  # (n,)
+    lengths: torch.Tensor  # (2, n) tokens of the chosen and the rejected completions, at least 1
+
+
+# One line for each; a is the `DPOConfig`
+_PAIR_LOSSES: dict[str, Callable[[Pairs, Any], torch.Tensor]] = {
+    "sigmoid": lambda p, a: losses.sigmoid_loss(p.chosen, p.rejected, a.beta, a.label_smoothing),
+    "ipo": lambda p, a: losses.ipo_loss(p.chosen / p.lengths[0], p.rejected / p.lengths[1], a.beta),
+    "hinge": lambda p, a: losses.hinge_loss(p.chosen, p.rejected, a.beta),
+    "cdpo": lambda p, a: losses.cdpo_loss(p.chosen, p.rejected, a.beta, a.label_smoothing),
+    "holder": lambda p, a: losses.holder_loss(p.chosen, p.rejected, a.beta, a.holder_gamma),
+    "ropo": lambda p, a: losses.ropo_loss(p.chosen, p.rejected, a.beta, a.ropo_alpha),
+    "chipo": lambda p, a: losses.chipo_loss(p.chosen, p.rejected, a.beta, a.chipo_clip),
+    "dpop": lambda p, a: losses.dpop_loss(p.chosen, p.rejected, a.beta, a.dpop_lambda),
+    "adadpo": lambda p, a: losses.adadpo_loss(
+        p.chosen, p.rejected, a.beta, a.adadpo_rho0, a.adadpo_tau_min, a.adadpo_tau_max
+    ),
+}
 
 
 def pair_loss(
@@ -15,8 +40,7 @@ def pair_loss(
 
     Args:
         name: an inner loss of `DPOConfig.inner_loss_type`, or a loss type of the family "pair".
-        chosen, rejected: `(n,)` log-ratios summed over each completion's tokens, in nats.
-        lengths: `(2, n)` tokens of the chosen and the rejected completions, at least 1.
+        chosen, rejected, lengths: see `Pairs`.
         args: a `DPOConfig`.
 
     Returns:
@@ -25,13 +49,9 @@ def pair_loss(
     Raises:
         `ValueError`: for another name.
     """
-    if name == "sigmoid":
-        return losses.sigmoid_loss(chosen, rejected, args.beta, args.label_smoothing)
-    if name == "ipo":
-        return losses.ipo_loss(chosen / lengths[0], rejected / lengths[1], args.beta)
-    if name == "hinge":
-        return losses.hinge_loss(chosen, rejected, args.beta)
-    raise ValueError(f"There is no pair loss {name!r}.")
+    if name not in _PAIR_LOSSES:
+        raise ValueError(f"There is no pair loss {name!r}.")
+    return _PAIR_LOSSES[name](Pairs(chosen, rejected, lengths), args)
 
 
 def density_ratio_loss(

@@ -1,0 +1,80 @@
+"""The fields of the losses of a pair, each used where its loss is: as a loss type, or inside a robust loss."""
+
+import math
+from dataclasses import dataclass, field
+
+from .validation import require_in_range
+
+
+@dataclass
+class PairLossConfig:
+    """
+    Fields of our losses of pairs. All of them take `beta` too, and `cdpo` takes `label_smoothing`.
+
+    Parameters:
+        holder_gamma (`float`, *optional*, defaults to `2.0`):
+            γ of Hölder-DPO, > 0: larger lets go sooner of pairs that the policy contradicts. Published: 2, tried 1 to
+            8, at `beta=0.1`.
+        ropo_alpha (`float`, *optional*, defaults to `14.0`):
+            α of ROPO, > 0: weight of its bounded part. Small is DPO. Published: 14 (recalled).
+        chipo_clip (`float`, *optional*, defaults to `1.0`):
+            R of χPO, > 0: its scaled difference is clipped to ±2R. Published: 1 to 2, at `beta` 0.05 or 0.005.
+        dpop_lambda (`float`, *optional*, defaults to `50.0`):
+            λ of DPO-Positive, >= 0: cost of a nat that the chosen completion loses to the reference. 0 is DPO.
+            Published: 50 (recalled).
+        adadpo_rho0 (`float`, *optional*, defaults to `0.1`):
+            ρ₀ of Ada-DPO, > 0: larger means smaller temperatures; from log 2 on all are `adadpo_tau_min`. Released
+            runs: 0.1 at `beta=0.1`.
+        adadpo_tau_min (`float`, *optional*, defaults to `0.1`):
+            The smallest temperature of a pair, > 0. Released runs: 0.1.
+        adadpo_tau_max (`float`, *optional*, defaults to `5.0`):
+            The largest temperature of a pair, >= `adadpo_tau_min`. Released runs: 5.
+    """
+
+    holder_gamma: float = field(
+        default=2.0,
+        metadata={
+            "help": "γ of Hölder-DPO, > 0: larger lets go sooner of pairs that the policy contradicts. Published: 2."
+        },
+    )
+    ropo_alpha: float = field(
+        default=14.0, metadata={"help": "α of ROPO, > 0: weight of its bounded part. Small is DPO. Published: 14."}
+    )
+    chipo_clip: float = field(
+        default=1.0,
+        metadata={"help": "R of χPO, > 0: its scaled difference is clipped to plus or minus 2R. Published: 1 to 2."},
+    )
+    dpop_lambda: float = field(
+        default=50.0,
+        metadata={
+            "help": "λ of DPO-Positive, >= 0: cost of a nat that the chosen completion loses to the reference. 0 is "
+            "DPO. Published: 50."
+        },
+    )
+    adadpo_rho0: float = field(
+        default=0.1,
+        metadata={
+            "help": "ρ₀ of Ada-DPO, > 0: larger means smaller temperatures; from log 2 on all are `adadpo_tau_min`."
+        },
+    )
+    adadpo_tau_min: float = field(
+        default=0.1, metadata={"help": "The smallest temperature of a pair in Ada-DPO, > 0."}
+    )
+    adadpo_tau_max: float = field(
+        default=5.0, metadata={"help": "The largest temperature of a pair in Ada-DPO, >= `adadpo_tau_min`."}
+    )
+
+    def _validate_pair_losses(self) -> None:
+        for name in ("holder_gamma", "ropo_alpha", "chipo_clip", "adadpo_rho0", "adadpo_tau_min"):
+            require_in_range(name, getattr(self, name), 0, math.inf, "a positive number")
+        require_in_range(
+            "dpop_lambda", self.dpop_lambda, 0, math.inf, "a number >= 0", "0 is plain DPO.", low_included=True
+        )
+        require_in_range(
+            "adadpo_tau_max",
+            self.adadpo_tau_max,
+            self.adadpo_tau_min,
+            math.inf,
+            f"a number >= `adadpo_tau_min` ({self.adadpo_tau_min})",
+            low_included=True,
+        )
