@@ -38,6 +38,7 @@ LOSS_CASES = {
     "rdro": LossCase(2 * LOG2),
     "kldpo": LossCase(LOG2, {"kldpo_tau": 0.05}, WEIGHTS),
     "wdpo": LossCase(LOG2, {"wdpo_rho": 0.1}, ("grad_norm", "penalty", "gap", "eps"), coupled={"wdpo_penalty": "rms"}),
+    "drdpo": LossCase(LOG2, {"drdpo_beta": 0.05}, WEIGHTS),
     "cdpo": LossCase(LOG2, {"label_smoothing": 0.1}),
     "holder": LossCase(-0.5),
     "ropo": LossCase(56 / 225 * (LOG2 + 7)),

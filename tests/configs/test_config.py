@@ -33,6 +33,7 @@ BAD_VALUES = {
     "ddro_cap": [*NOT_OPEN_UNIT, None],
     "rdro_alpha": NOT_OPEN_UNIT,
     "kldpo_tau": [*NOT_NUMBERS, None, 0, 0.0, -1, -0.05],
+    "drdpo_beta": NOT_POSITIVE,
     "wdpo_rho": [*NOT_NUMBERS, None, -1, -1e-9],
     "wdpo_penalty": [*NOT_NAMES, None, "mean"],
     "wdpo_interval": [*NOT_NUMBERS, None, 0, -1, 1.5, 2.0],
@@ -53,6 +54,7 @@ GOOD_VALUES = {
     "ddro_cap": [1e-3, 0.9, 0.999],
     "rdro_alpha": [None, 1e-3, 0.39, 0.999],
     "kldpo_tau": [0.005, 1, 1e6],
+    "drdpo_beta": [0.005, 1, 1e6],
     "wdpo_rho": [0, 0.0, 0.005, 100],
     "wdpo_penalty": ["squared", "rms"],
     "wdpo_interval": [1, 4],
@@ -157,6 +159,8 @@ def test_an_unknown_loss_type_is_refused_with_the_nearest_name(build, typo, near
             for value in (0, -0.1, math.nan, math.inf, "0.1", True)
         ],
         ({"loss_type": ["rdro", "sft"], "loss_weights": [1.0]}, ["loss_weights", "1", "2"]),
+        ({"loss_type": "drdpo", "per_device_train_batch_size": 1}, ["`drdpo`", "one pair", "`sigmoid`"]),
+        ({"loss_type": ["sft", "drdpo"], "per_device_train_batch_size": 1}, ["`drdpo`", "one pair"]),
     ],
     ids=str,
 )
@@ -177,6 +181,7 @@ def test_combinations_that_mean_nothing_are_refused(build, kwargs, words):
         {"loss_type": "wdpo", "label_smoothing": 0.49},
         {"loss_type": "kldpo", "inner_loss_type": "ipo", "label_smoothing": 0.0},
         {"loss_type": "kldpo", "inner_loss_type": "cdpo", "label_smoothing": 0.1},
+        {"loss_type": "drdpo", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
         {"loss_type": ["holder", "cdpo"], "label_smoothing": 0.1},
         # TRL's losses keep their options, alone and beside ours
         {"loss_type": "robust", "label_smoothing": 0.1},

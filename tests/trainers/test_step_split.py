@@ -5,7 +5,7 @@ import torch
 
 from trl_rdro import DPOConfig, DPOTrainer
 
-from ..loss_cases import LOSS_CASES
+from ..loss_cases import LOSS_CASES, WEIGHTS
 from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
 
 
@@ -69,7 +69,7 @@ def test_split_invariance(reference, tmp_path, name):
             accumulation,
         )
         assert log["loss"] == pytest.approx(whole_log["loss"], rel=1e-5)
-        for key in {"kldpo/effective_sample_size", "kldpo/max_weight"} & whole_log.keys():
+        for key in whole_log.keys() & {f"{loss}/{metric}" for loss in ("kldpo", "drdpo") for metric in WEIGHTS}:
             assert log[key] == pytest.approx(whole_log[key], rel=1e-4)
 
 
@@ -80,10 +80,10 @@ def test_kldpo_at_micro_batch_one_is_not_dpo(reference, tmp_path):
     assert (kldpo - dpo).norm() > 0.1 * dpo.norm()
 
 
-def test_kldpo_step_against_weights_by_hand(reference, tmp_path):
+@pytest.mark.parametrize(("name", "tau"), [("kldpo", 0.05), ("drdpo", -0.05)])
+def test_a_step_against_weights_by_hand(reference, tmp_path, name, tau):
     """The update is minus the softmax-weighted sum of the pairs' DPO gradients, taken one pair at a time."""
-    tau = LOSSES["kldpo"]["kldpo_tau"]
-    update, log = one_step(reference, tmp_path, 2, 4, **LOSSES["kldpo"])
+    update, log = one_step(reference, tmp_path, 2, 4, **LOSSES[name])
     args = DPOConfig(**cpu_args(output_dir=str(tmp_path), per_device_train_batch_size=1))
     policy = tiny_qwen2(seed=1)
     trainer = away_from_reference(policy, args)
@@ -101,8 +101,8 @@ def test_kldpo_step_against_weights_by_hand(reference, tmp_path):
     assert log["loss"] == pytest.approx(
         tau * (torch.logsumexp(losses / tau, 0) - torch.tensor(8.0).log()).item(), 1e-5
     )
-    assert log["kldpo/effective_sample_size"] == pytest.approx(1 / (8 * weights.square().sum()).item(), rel=1e-4)
-    assert log["kldpo/max_weight"] == pytest.approx(weights.max().item(), rel=1e-4)
+    assert log[f"{name}/effective_sample_size"] == pytest.approx(1 / (8 * weights.square().sum()).item(), rel=1e-4)
+    assert log[f"{name}/max_weight"] == pytest.approx(weights.max().item(), rel=1e-4)
 
 
 def test_kldpo_refuses_a_micro_batch_without_its_step(reference, tmp_path):

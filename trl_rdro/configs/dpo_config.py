@@ -47,6 +47,9 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
         kldpo_tau (`float`, *optional*, defaults to `1.0`):
             τ of KLDPO, > 0: temperature of the weights softmax(loss / τ) over the pairs of an optimiser step. Large is
             DPO, small is the worst pair only. Published runs: 0.5 to 5 at `beta=0.1`, 0.005 to 0.05 at `beta=0.01`.
+        drdpo_beta (`float`, *optional*, defaults to `1.0`):
+            b of Dr. DPO (its β'), > 0: temperature of the weights softmax(-loss / b) over the pairs of an optimiser
+            step, of which it needs two or more. Large is DPO, small is the best pair only. Published: 1 at `beta=0.1`.
         wdpo_rho (`float`, *optional*, defaults to `0.001`):
             ρ of WDPO, >= 0: weight of the input-gradient penalty. It means something only together with `beta`: what
             counts is their product, and the default keeps the published one (ρ 0.005 to 0.01 at β 0.01) at TRL's
@@ -81,6 +84,13 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
         metadata={
             "help": "τ of KLDPO, > 0: temperature of the weights softmax(loss / τ) over the pairs of an optimiser "
             "step. Large is DPO, small is the worst pair only."
+        },
+    )
+    drdpo_beta: float = field(
+        default=1.0,
+        metadata={
+            "help": "b of Dr. DPO, > 0: temperature of the weights softmax(-loss / b) over the pairs of an optimiser "
+            "step. Large is DPO, small is the best pair only."
         },
     )
     wdpo_rho: float = field(
@@ -130,6 +140,7 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
         self._validate_robust()
         self._validate_combinations()
         super().__post_init__()
+        self._refuse_a_step_of_one_pair()
         if "cdpo" in self.loss_type and self.label_smoothing == 0:
             logger.warning(
                 "`cdpo` with `label_smoothing=0` is DPO. Set it to the share of flipped labels that you expect; the "
@@ -145,15 +156,14 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
     def _validate_robust(self) -> None:
         require_choice("wdpo_penalty", self.wdpo_penalty, list(WDPO_PENALTIES))
         require_choice("inner_loss_type", self.inner_loss_type, list(INNER_LOSSES))
-        require_in_range(
-            "kldpo_tau",
-            self.kldpo_tau,
-            1e-6,  # beyond it the weights of float32 losses are those of the worst pair alone
-            math.inf,
-            "a number of at least 1e-6",
-            "Large values approach DPO; a negative one would be Dr. DPO, which trusts easy pairs and is not offered.",
-            low_included=True,
-        )
+        for name, advice in (
+            ("kldpo_tau", "Large values approach DPO; a negative one would be Dr. DPO, `loss_type='drdpo'`."),
+            ("drdpo_beta", "Large values approach DPO."),
+        ):
+            # Beyond 1e-6 the weights of float32 losses are those of one pair alone
+            require_in_range(
+                name, getattr(self, name), 1e-6, math.inf, "a number of at least 1e-6", advice, low_included=True
+            )
         require_in_range("wdpo_rho", self.wdpo_rho, 0, math.inf, "a number >= 0", "0 is plain DPO.", low_included=True)
         if not isinstance(self.wdpo_interval, int) or isinstance(self.wdpo_interval, bool) or self.wdpo_interval < 1:
             raise ValueError(f"`wdpo_interval` must be a whole number >= 1, got {self.wdpo_interval!r}.")
@@ -191,6 +201,14 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
         if pairwise:
             require_in_range("beta", self.beta, 0, math.inf, "a positive number")
             self._validate_label_smoothing(pairwise)
+
+    def _refuse_a_step_of_one_pair(self) -> None:
+        pairs = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if "drdpo" in self.loss_type and pairs == 1:
+            raise ValueError(
+                "`drdpo` with one pair in an optimiser step is DPO: it weighs the step's pairs against one another. "
+                "Raise `per_device_train_batch_size` or `gradient_accumulation_steps` (both now 1), or use `sigmoid`."
+            )
 
     def _validate_label_smoothing(self, pairwise: list[str]) -> None:
         if not SMOOTHED_INNER_LOSSES.isdisjoint(pairwise):

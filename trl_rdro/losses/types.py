@@ -42,6 +42,7 @@ LOSS_TYPES = {
     "rdro": LossType("density_ratio", "relative density ratio", papers.RDRO, of_differences=False),
     "kldpo": LossType("robust", "worst case in a KL ball", papers.ROBUST, temperature="kldpo_tau"),
     "wdpo": LossType("robust", "worst case in a Wasserstein ball", papers.ROBUST),
+    "drdpo": LossType("robust", "follows the pairs that go best", papers.DRDPO, temperature="drdpo_beta"),
     "cdpo": LossType("pair", "told the share of flipped labels", papers.DPO),
     "holder": LossType("pair", "lets go of contradicted pairs", papers.HOLDER),
     "ropo": LossType("pair", "bounds the pull of contradicted pairs", papers.ROPO),

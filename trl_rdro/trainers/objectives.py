@@ -81,11 +81,14 @@ def density_ratio_loss(
 
 
 def temperature(name: str, args: Any) -> float:
-    """The temperature at which the robust loss `name` weighs the pairs of an optimiser step.
+    """The temperature at which the robust loss `name` weighs the pairs of an optimiser step, negative where it follows
+    the pairs of low loss.
 
     Raises:
         `ValueError`: for a loss without one.
     """
     if name == "kldpo":
         return args.kldpo_tau
+    if name == "drdpo":
+        return -args.drdpo_beta
     raise ValueError(f"There is no temperature of {name!r}.")
