@@ -9,6 +9,7 @@ from ..compat import trl as trl_compat
 from ..configs.dpo_config import DPOConfig
 from ..losses.types import LOSS_TYPES
 from . import objectives
+from .columns import Columns, split_columns, weighted
 from .common import describe_in_model_card, require_own_config
 from .dataset_checks import check_datasets, require_preference_columns
 from .input_gradient_penalty import InputGradientPenalty
@@ -17,7 +18,7 @@ from .safeguards import Safeguards
 from .step import split_step, with_steps
 
 
-class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
+class DPOTrainer(Reweighting, InputGradientPenalty, Columns, Safeguards, trl.DPOTrainer):
     """
     [`trl.DPOTrainer`] whose `loss_type` can also be `"ddro"`, `"rdro"`, `"kldpo"` or `"wdpo"`, alone or in a weighted
     list with TRL's. Takes the same arguments; runs without any of the four are TRL's own, to the last bit.
@@ -60,9 +61,16 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
         if "wdpo" in ours and example.keys() & {"image", "images"}:
             raise ValueError("`wdpo` perturbs text embeddings and is not defined for image data.")
         self._ours = ours
+        self._column_names = ("weight",)
+        if "weight" in example and (sorting := {"aot", "aot_unpaired"}.intersection(requested)):
+            raise ValueError(
+                f"The column `weight` cannot be combined with `{sorting.pop()}`, which sorts the pairs of a batch, so "
+                "that a weight belongs to no pair. Remove the column, or use another loss."
+            )
         describe_in_model_card(self, ours)
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
         self._set_up_safeguards(given_reference=ref_model is not None)
+        self._set_up_columns()
         self._set_up_input_gradient_penalty()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -75,7 +83,10 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ours = [pair for pair in zip(self.loss_types, self.loss_weights, strict=True) if pair[0] in LOSS_TYPES]
-        if not ours:
+        theirs = [pair for pair in zip(self.loss_types, self.loss_weights, strict=True) if pair not in ours]
+        inputs, columns = split_columns(inputs)
+        their_weights = None if "weight" in inputs else columns.get("weight")  # TRL's, once it reads them itself
+        if not ours and their_weights is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs, step = split_step(inputs)
@@ -83,7 +94,7 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
         ref_logps = trl_compat.pair_reference_logps(self, inputs) if step.ref_logps is None else step.ref_logps
         grad_norms, metrics = None, {}
         if self._is_penalised(step.index):
-            outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, metrics)
+            outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, columns, metrics)
         else:
             outputs = trl_compat.policy_forward(self, model, inputs)
         logratios = self._logratios(outputs.log_probs, inputs, ref_logps)
@@ -94,32 +105,36 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, trl.DPOTrainer):
         for name, _ in ours:
             family = LOSS_TYPES[name].family
             if family == "density_ratio":
-                values = self._density_ratio_loss(name, logratios, metrics)
+                values = weighted(self._density_ratio_loss(name, logratios, metrics), columns)
             elif family == "pair":
-                values = self._pair_loss(name, logratios, inputs)
+                values = weighted(self._pair_loss(name, logratios, inputs, columns), columns)
             else:
-                values = self._pair_loss(self.args.inner_loss_type, logratios, inputs)
+                values = weighted(self._pair_loss(self.args.inner_loss_type, logratios, inputs, columns), columns)
                 if LOSS_TYPES[name].temperature:
                     values = self._reweighted(name, values, step, metrics)
                 elif grad_norms is not None:
-                    values = values + self._penalty(grad_norms, metrics)
+                    values = values + self._penalty(grad_norms, columns, metrics)
             our_losses[name] = step.scale * values.mean()
-        means = self._record(our_losses, metrics, by_class)
-        self._adapt_finite_difference(means)
+        if ours:
+            means = self._record(our_losses, metrics, by_class)
+            self._adapt_finite_difference(means)
 
-        theirs = [pair for pair in zip(self.loss_types, self.loss_weights, strict=True) if pair not in ours]
         loss = sum(weight * our_losses[name] for name, weight in ours)
-        result = trl_compat.pair_loss_and_metrics(self, model, inputs, outputs, ref_logps, theirs, return_outputs)
+        result = trl_compat.pair_loss_and_metrics(
+            self, model, inputs, outputs, ref_logps, theirs, return_outputs, their_weights
+        )
         return (loss + result[0], result[1]) if return_outputs else loss + result
 
     def _logratios(self, log_probs: torch.Tensor, inputs: dict[str, Any], ref_logps: torch.Tensor) -> torch.Tensor:
         """z of the completions, `(2n,)`: chosen, then rejected."""
         return trl_compat.completion_logps(self, log_probs, inputs["completion_mask"]) - ref_logps
 
-    def _pair_loss(self, name: str, logratios: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    def _pair_loss(
+        self, name: str, logratios: torch.Tensor, inputs: dict[str, Any], columns: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """The pair loss called `name`, `(n,)`, of `(2n,)` log-ratios."""
         lengths = inputs["completion_mask"].sum(dim=1).clamp(min=1).view(2, -1)
-        return objectives.pair_loss(name, *logratios.chunk(2), lengths, self.args)
+        return objectives.pair_loss(name, *logratios.chunk(2), lengths, self.args, columns)
 
     def _density_ratio_loss(
         self, name: str, logratios: torch.Tensor, metrics: dict[str, torch.Tensor]

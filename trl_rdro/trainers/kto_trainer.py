@@ -12,6 +12,7 @@ from ..configs.kto_config import KTOConfig
 from ..log import get_logger
 from ..losses.types import LOSS_TYPES
 from . import objectives
+from .columns import Columns, split_columns, weighted
 from .common import describe_in_model_card, require_own_config
 from .dataset_checks import check_datasets, require_unpaired_columns
 from .safeguards import Safeguards
@@ -21,7 +22,7 @@ from .step import split_step, with_steps
 logger = get_logger(__name__)
 
 
-class KTOTrainer(Safeguards, trl.KTOTrainer):
+class KTOTrainer(Columns, Safeguards, trl.KTOTrainer):
     """
     [`trl.KTOTrainer`] whose `loss_type` can also be `"ddro"` or `"rdro"`. Takes the same arguments; runs with TRL's
     own losses are TRL's, to the last bit.
@@ -45,6 +46,7 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
     """
 
     _reference_columns = ("ref_logps",)
+    _column_names = ("weight",)
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
         self.loss_type = args.loss_type
         self._set_up_safeguards(given_reference=ref_model is not None)
+        self._set_up_columns()
         if ours and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
             logger.warning(
                 f"`desirable_weight={self.desirable_weight}` and `undesirable_weight={self.undesirable_weight}` "
@@ -92,10 +95,11 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
         label = "training" if dataset_name == "train" else dataset_name
         dataset = super()._prepare_dataset(dataset, processing_class, args, label)
         if dataset_name == "train" and isinstance(dataset, Dataset):
-            self._count_classes(dataset["label"], args.max_length)
+            weights = dataset["weight"] if "weight" in dataset.column_names else None
+            self._count_classes(dataset["label"], weights, args.max_length)
         return dataset
 
-    def _count_classes(self, labels: list[bool], max_length: int | None) -> None:
+    def _count_classes(self, labels: list[bool], weights: list[float] | None, max_length: int | None) -> None:
         preferred, total = sum(labels), len(labels)
         if not total:
             raise ValueError(
@@ -108,6 +112,8 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
                 "ratio needs both classes. Add completions with the other label."
             )
         counted = preferred / total
+        if weights is not None:
+            counted = sum(weight for weight, label in zip(weights, labels, strict=True) if label) / sum(weights)
         if self.preferred_fraction is None:
             self.preferred_fraction = counted
             logger.info(f"Preferred fraction {counted:.4f}: {preferred} of {total} training completions.")
@@ -124,7 +130,10 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
         return batch_samples, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs, columns = split_columns(inputs)
         if not self._ours:
+            if "weight" in columns and "weight" not in inputs:  # which TRL reads itself once it does
+                return trl_compat.unpaired_loss(self, model, inputs, return_outputs, columns["weight"])
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs, step = split_step(inputs)
@@ -139,7 +148,7 @@ class KTOTrainer(Safeguards, trl.KTOTrainer):
         )
         weights = losses.class_weights(preferred, self.preferred_fraction)
         weights = weights * torch.where(preferred, self.desirable_weight, self.undesirable_weight)
-        loss = step.scale * (weights * values).mean()
+        loss = step.scale * weighted(weights * values, columns).mean()
         self._record(
             {self.loss_type: loss},
             self._class_metrics(logratios.detach(), preferred, beyond_cap),

@@ -1,6 +1,7 @@
 """Which function and which options a loss type is: the one place that says so. Testable without a trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ class Pairs(NamedTuple):
     chosen: torch.Tensor  # (n,) log-ratios summed over each completion's tokens, in nats
     rejected: torch.Tensor  # (n,)
     lengths: torch.Tensor  # (2, n) tokens of the chosen and the rejected completions, at least 1
+    columns: Mapping[str, torch.Tensor]  # (n,) each: what the rows carry beside their texts
 
 
 # One line for each; a is the `DPOConfig`
@@ -34,13 +36,18 @@ _PAIR_LOSSES: dict[str, Callable[[Pairs, Any], torch.Tensor]] = {
 
 
 def pair_loss(
-    name: str, chosen: torch.Tensor, rejected: torch.Tensor, lengths: torch.Tensor, args: Any
+    name: str,
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    lengths: torch.Tensor,
+    args: Any,
+    columns: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> torch.Tensor:
     """The pair loss called `name`, by itself or inside a robust loss.
 
     Args:
         name: an inner loss of `DPOConfig.inner_loss_type`, or a loss type of the family "pair".
-        chosen, rejected, lengths: see `Pairs`.
+        chosen, rejected, lengths, columns: see `Pairs`.
         args: a `DPOConfig`.
 
     Returns:
@@ -51,7 +58,7 @@ def pair_loss(
     """
     if name not in _PAIR_LOSSES:
         raise ValueError(f"There is no pair loss {name!r}.")
-    return _PAIR_LOSSES[name](Pairs(chosen, rejected, lengths), args)
+    return _PAIR_LOSSES[name](Pairs(chosen, rejected, lengths, columns), args)
 
 
 def density_ratio_loss(

@@ -9,6 +9,7 @@ from ..compat import engines
 from ..compat import trl as trl_compat
 from ..losses.types import LOSS_TYPES
 from . import objectives
+from .columns import split_columns, weighted
 from .step import Step, split_step
 
 
@@ -31,11 +32,12 @@ class Reweighting:
         with engines.without_checkpointing(self), self.compute_loss_context_manager():
             for batch in batch_samples:
                 inputs, step = split_step(batch)
-                inputs = self._prepare_inputs(inputs)
+                inputs, columns = split_columns(self._prepare_inputs(inputs))
                 step.ref_logps = trl_compat.pair_reference_logps(self, inputs)
                 outputs = trl_compat.policy_forward(self, model, inputs)
                 logratios = self._logratios(outputs.log_probs, inputs, step.ref_logps)
-                step.pair_losses = self._pair_loss(self.args.inner_loss_type, logratios, inputs)
+                pair_losses = self._pair_loss(self.args.inner_loss_type, logratios, inputs, columns)
+                step.pair_losses = weighted(pair_losses, columns)
                 steps.append(step)
         all_pair_losses = self.accelerator.gather(torch.cat([step.pair_losses for step in steps]))
         for step in steps:
