@@ -45,4 +45,6 @@ LOSS_CASES = {
     "chipo": LossCase(LOG2),
     "dpop": LossCase(LOG2),
     "adadpo": LossCase(0.01),
+    "gdpo": LossCase(LOG2),
+    "dpopro": LossCase(LOG2, {"dpopro_rho": 0.5}),
 }

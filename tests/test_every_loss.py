@@ -11,12 +11,13 @@ from trl_rdro.tools.plotting import MORE_PANELS
 from trl_rdro.trainers import objectives
 
 from .loss_cases import LOSS_CASES
-from .tiny import cpu_args, save_tiny, tiny_preferences
+from .tiny import cpu_args, save_tiny, tiny_preferences, with_columns
 
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Logged for whoever sets it by hand; a constant of most runs
 NOT_PLOTTED = {"wdpo/eps"}
+COLUMNS = {"preference_probability": torch.linspace(0.5, 1, 16)}
 
 
 def trained(model, output_dir, name, **settings):
@@ -27,7 +28,7 @@ def trained(model, output_dir, name, **settings):
         **LOSS_CASES[name].settings,
         **settings,
     )
-    trainer = DPOTrainer(model, args=args, train_dataset=tiny_preferences(32))
+    trainer = DPOTrainer(model, args=args, train_dataset=with_columns(tiny_preferences(32), [name]))
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
@@ -70,7 +71,7 @@ def test_pair_losses_see_a_common_constant_only_if_the_table_says_so(name):
     chosen, rejected = torch.randn(2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     args, lengths = DPOConfig(**cpu_args(output_dir="unused"), **settings_of(name)), torch.full((2, 16), 7)
     values, shifted = (
-        objectives.pair_loss(name, chosen + shift, rejected + shift, lengths, args) for shift in (0.0, 0.5)
+        objectives.pair_loss(name, chosen + shift, rejected + shift, lengths, args, COLUMNS) for shift in (0.0, 0.5)
     )
     of_differences = name not in LOSS_TYPES or LOSS_TYPES[name].of_differences
     assert torch.allclose(values, shifted) == of_differences

@@ -46,6 +46,7 @@ BAD_VALUES = {
     "adadpo_rho0": NOT_POSITIVE,
     "adadpo_tau_min": NOT_POSITIVE,
     "adadpo_tau_max": [*NOT_POSITIVE, 0.09],
+    "dpopro_rho": [*NOT_NUMBERS, None, -1, -1e-9],
     "plot": [None, "yes", 1],
     "loss_type": ["", "dpo", "rdro,sft", ["rdro", "dpo"], [3], [None], [["rdro"]], 3, True, None, []],
 }
@@ -67,6 +68,7 @@ GOOD_VALUES = {
     "adadpo_rho0": [1e-6, 0.1, 2],
     "adadpo_tau_min": [1e-3, 5.0],
     "adadpo_tau_max": [0.1, 100],
+    "dpopro_rho": [0, 0.0, 0.1, 2],
     "plot": [False, True],
     "loss_type": [["rdro", "sft"], ["sigmoid"], ["kldpo", "wdpo"]],
 }

@@ -13,7 +13,7 @@ from trl_rdro import DPOConfig, DPOTrainer
 from trl_rdro.configs.dpo_config import TRL_DPO_LOSSES
 
 from ..loss_cases import LOSS_CASES
-from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
+from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer, with_columns
 
 
 TRL_METRICS = """entropy num_tokens logits/chosen logits/rejected mean_token_accuracy rewards/chosen rewards/rejected
@@ -388,3 +388,15 @@ def test_qwen2_with_given_reference_model(tmp_path):
         trainer_kwargs={"ref_model": tiny_qwen2(seed=1), "processing_class": tiny_tokenizer()},
     )
     assert abs(trainer.state.log_history[0]["logratios/chosen"]) > 0.1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"loss_type": "gdpo"}, {"loss_type": "kldpo", "inner_loss_type": "dpopro"}], ids=str
+)
+def test_a_missing_column_is_refused_before_the_model_is_loaded(tmp_path, settings):
+    args = DPOConfig(**cpu_args(output_dir=str(tmp_path), **settings))
+    with pytest.raises(ValueError, match="needs the column `preference_probability`, which `train_dataset` lacks"):
+        DPOTrainer("no/such/model", args=args, train_dataset=tiny_preferences(4))
+    train = with_columns(tiny_preferences(4), ["gdpo"])
+    with pytest.raises(ValueError, match="which `eval_dataset` lacks"):
+        DPOTrainer("no/such/model", args=args, train_dataset=train, eval_dataset=tiny_preferences(4))

@@ -14,6 +14,7 @@ from ..tiny import cpu_args
 
 CHOSEN, REJECTED = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LENGTHS = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
+COLUMNS = {"preference_probability": torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])}
 PREFERRED = torch.tensor([True, False, True, True, False, False])
 
 
@@ -35,7 +36,7 @@ def test_trls_pair_losses():
 @pytest.mark.parametrize("name", INNER_LOSSES)
 def test_every_inner_loss_is_known_and_finite(name):
     args = config(**(LOSS_CASES[name].settings if name in LOSS_CASES else {}))
-    values = objectives.pair_loss(name, CHOSEN, REJECTED, LENGTHS, args)
+    values = objectives.pair_loss(name, CHOSEN, REJECTED, LENGTHS, args, COLUMNS)
     assert values.shape == (6,) and values.isfinite().all()
 
 

@@ -15,15 +15,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-from trl_rdro.configs.dpo_config import OUR_DPO_LOSSES
+from trl_rdro.losses.types import LOSS_TYPES
 from trl_rdro.trainers.guard_rails import GuardRails
 from trl_rdro.trainers.safeguards import is_complete, last_complete_checkpoint
 
-from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
+from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer, with_columns
 
 
 LORA = dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-ALL_LOSSES = [(DPOTrainer, DPOConfig, name) for name in OUR_DPO_LOSSES] + [
+ALL_LOSSES = [(DPOTrainer, DPOConfig, name) for name in LOSS_TYPES] + [
     (KTOTrainer, KTOConfig, name) for name in ("ddro", "rdro")
 ]
 each_loss = pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def messages(caplog):
 
 def make(model, output_dir, trainer_class=DPOTrainer, config_class=DPOConfig, trainer_kwargs=None, **settings):
     settings = {"max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, **settings}
-    kwargs = {"train_dataset": tiny_preferences(16), **(trainer_kwargs or {})}
+    kwargs = {"train_dataset": with_columns(tiny_preferences(16), LOSS_TYPES), **(trainer_kwargs or {})}
     return trainer_class(model, args=config_class(**cpu_args(output_dir=str(output_dir), **settings)), **kwargs)
 
 
@@ -120,7 +120,7 @@ def test_empty_completions_inside_the_robust_losses(qwen2, tmp_path, loss_type, 
     assert math.isfinite(loss.item()) and all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("loss_type", OUR_DPO_LOSSES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_chosen_equal_to_rejected(qwen2, tmp_path, loss_type):
     """Such a pair says nothing, and its preference gradient is zero; wdpo still penalises its two input gradients."""
     trainer = make(qwen2, tmp_path, loss_type=loss_type)
@@ -131,7 +131,7 @@ def test_chosen_equal_to_rejected(qwen2, tmp_path, loss_type):
     assert largest < 1e-5 if loss_type != "wdpo" else largest > 0
 
 
-@pytest.mark.parametrize("loss_type", OUR_DPO_LOSSES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_2000_token_outlier(tmp_path, loss_type):
     """Log-ratios in the hundreds of nats leave the loss and its gradient finite."""
     kwargs = {"ref_model": tiny_qwen2(max_position_embeddings=4096), "processing_class": tiny_tokenizer()}

@@ -6,7 +6,7 @@ import torch
 from trl_rdro import DPOConfig, DPOTrainer
 
 from ..loss_cases import LOSS_CASES, WEIGHTS
-from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
+from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer, with_columns
 
 
 LOSSES = {
@@ -29,7 +29,7 @@ def away_from_reference(policy, args):
         policy,
         ref_model=tiny_qwen2(seed=0),
         args=args,
-        train_dataset=tiny_preferences(8),
+        train_dataset=with_columns(tiny_preferences(8), args.loss_type),
         processing_class=tiny_tokenizer(),
     )
 

@@ -1,4 +1,4 @@
-"""The column `weight`: a weight of 2 is the row twice and a weight of 1 nothing, for every loss, however it is used."""
+"""The column `weight`: 2 is the row twice, 1 changes nothing, for every loss and however the data are loaded."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from trl_rdro.configs.dpo_config import TRL_DPO_LOSSES
 from trl_rdro.trainers.columns import WithColumns
 
 from ..loss_cases import LOSS_CASES
-from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
+from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer, with_columns
 
 
 SORTING = ("aot", "aot_unpaired")
@@ -20,7 +20,7 @@ ROWS = [0, 0, 1, 3]
 
 
 def pairs(weights=None, rows=None) -> Dataset:
-    dataset = tiny_preferences(4, seed=3)
+    dataset = with_columns(tiny_preferences(4, seed=3), LOSS_CASES)
     dataset = dataset.add_column("weight", weights) if weights else dataset
     return dataset.select(rows) if rows else dataset
 

@@ -29,6 +29,8 @@ class PairLossConfig:
             The smallest temperature of a pair, > 0. Released runs: 0.1.
         adadpo_tau_max (`float`, *optional*, defaults to `5.0`):
             The largest temperature of a pair, >= `adadpo_tau_min`. Released runs: 5.
+        dpopro_rho (`float`, *optional*, defaults to `0.1`):
+            ρ of DPO-PRO, >= 0: radius of the χ² ball around the soft label. 0 is soft-label DPO. Published: tuned.
     """
 
     holder_gamma: float = field(
@@ -64,12 +66,16 @@ class PairLossConfig:
         default=5.0, metadata={"help": "The largest temperature of a pair in Ada-DPO, >= `adadpo_tau_min`."}
     )
 
+    dpopro_rho: float = field(
+        default=0.1,
+        metadata={"help": "ρ of DPO-PRO, >= 0: radius of the χ² ball around the soft label. 0 is soft-label DPO."},
+    )
+
     def _validate_pair_losses(self) -> None:
         for name in ("holder_gamma", "ropo_alpha", "chipo_clip", "adadpo_rho0", "adadpo_tau_min"):
             require_in_range(name, getattr(self, name), 0, math.inf, "a positive number")
-        require_in_range(
-            "dpop_lambda", self.dpop_lambda, 0, math.inf, "a number >= 0", "0 is plain DPO.", low_included=True
-        )
+        for name, advice in (("dpop_lambda", "0 is plain DPO."), ("dpopro_rho", "0 is soft-label DPO.")):
+            require_in_range(name, getattr(self, name), 0, math.inf, "a number >= 0", advice, low_included=True)
         require_in_range(
             "adadpo_tau_max",
             self.adadpo_tau_max,

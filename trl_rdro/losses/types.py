@@ -4,6 +4,7 @@ Configs, help texts, trainers, guard rails, plots, model cards, the loop, the co
 function computes a loss, and from which options, is in `trl_rdro.trainers.objectives`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from . import papers
@@ -25,6 +26,8 @@ class LossType:
         temperature (`str`, *optional*):
             The option that says how sharply the pairs of an optimiser step are weighed against one another. Such a
             loss couples the pairs of the whole step.
+        columns (`tuple[str, ...]`):
+            Of the data set, which the loss cannot do without.
         of_differences (`bool`):
             Whether the loss of a pair sees the reference only through the difference of its two log-ratios. For a
             robust loss this is a matter of its inner loss.
@@ -34,6 +37,7 @@ class LossType:
     summary: str
     paper: dict[str, str]
     temperature: str | None = None
+    columns: tuple[str, ...] = ()
     of_differences: bool = True
 
 
@@ -49,12 +53,21 @@ LOSS_TYPES = {
     "chipo": LossType("pair", "chi-squared tie to the reference", papers.CHIPO, of_differences=False),
     "dpop": LossType("pair", "keeps the chosen completion likely", papers.DPOP, of_differences=False),
     "adadpo": LossType("pair", "a temperature for each pair", papers.ADADPO),
+    "gdpo": LossType("pair", "soft labels scale the margin", papers.GDPO, columns=("preference_probability",)),
+    "dpopro": LossType("pair", "worst soft label near the given", papers.DPOPRO, columns=("preference_probability",)),
 }
 
 
 def of_family(family: str) -> tuple[str, ...]:
     """The names of a family's loss types."""
     return tuple(name for name, loss in LOSS_TYPES.items() if loss.family == family)
+
+
+def in_use(loss_types: Iterable[str], inner: str | None) -> tuple[str, ...]:
+    """Our losses among `loss_types`, and `inner` where one of them is a robust loss and `inner` is ours."""
+    ours = [name for name in loss_types if name in LOSS_TYPES]
+    inside = any(LOSS_TYPES[name].family == "robust" for name in ours) and inner in LOSS_TYPES
+    return tuple(dict.fromkeys([*ours, inner] if inside else ours))
 
 
 def sees_differences_only(name: str, inner: str | None) -> bool:

@@ -1,9 +1,11 @@
 """Refuse a data set of the wrong kind with one sentence, before a model is loaded or a library raises a KeyError."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from datasets import Dataset
+
+from ..losses.types import LOSS_TYPES
 
 
 def check_datasets(
@@ -50,6 +52,17 @@ def require_preference_columns(dataset: Any, name: str) -> dict[str, Any]:
                 f"{type(example[column]).__name__} in the first row."
             )
     return example
+
+
+def require_loss_columns(dataset: Any, name: str, loss_types: Iterable[str]) -> None:
+    """Refuse data without a column that one of our losses cannot do without."""
+    columns = set(first_example(dataset, name))
+    for loss_type in loss_types:
+        if missing := sorted(set(LOSS_TYPES[loss_type].columns) - columns):
+            raise ValueError(
+                f"`{loss_type}` needs the column `{missing[0]}`, which `{name}` lacks; it has "
+                f"{', '.join(sorted(columns))}. Add it, or use another loss."
+            )
 
 
 def require_unpaired_columns(dataset: Any, name: str) -> dict[str, Any]:

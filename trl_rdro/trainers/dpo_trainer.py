@@ -1,5 +1,6 @@
 """TRL's `DPOTrainer` with the losses of trl_rdro."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,11 +8,11 @@ import trl
 
 from ..compat import trl as trl_compat
 from ..configs.dpo_config import DPOConfig
-from ..losses.types import LOSS_TYPES
+from ..losses.types import LOSS_TYPES, in_use
 from . import objectives
 from .columns import Columns, split_columns, weighted
 from .common import describe_in_model_card, require_own_config
-from .dataset_checks import check_datasets, require_preference_columns
+from .dataset_checks import check_datasets, require_loss_columns, require_preference_columns
 from .input_gradient_penalty import InputGradientPenalty
 from .reweighting import Reweighting
 from .safeguards import Safeguards
@@ -61,7 +62,9 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Columns, Safeguards, trl.DPO
         if "wdpo" in ours and example.keys() & {"image", "images"}:
             raise ValueError("`wdpo` perturbs text embeddings and is not defined for image data.")
         self._ours = ours
-        self._column_names = ("weight",)
+        used = in_use(requested, args.inner_loss_type) if ours else ()
+        check_datasets(partial(require_loss_columns, loss_types=used), train_dataset, eval_dataset)
+        self._column_names = ("weight", *{column for name in used for column in LOSS_TYPES[name].columns})
         if "weight" in example and (sorting := {"aot", "aot_unpaired"}.intersection(requested)):
             raise ValueError(
                 f"The column `weight` cannot be combined with `{sorting.pop()}`, which sorts the pairs of a batch, so "

@@ -32,6 +32,10 @@ _PAIR_LOSSES: dict[str, Callable[[Pairs, Any], torch.Tensor]] = {
     "adadpo": lambda p, a: losses.adadpo_loss(
         p.chosen, p.rejected, a.beta, a.adadpo_rho0, a.adadpo_tau_min, a.adadpo_tau_max
     ),
+    "gdpo": lambda p, a: losses.gdpo_loss(p.chosen, p.rejected, p.columns["preference_probability"], a.beta),
+    "dpopro": lambda p, a: losses.dpopro_loss(
+        p.chosen, p.rejected, p.columns["preference_probability"], a.beta, a.dpopro_rho
+    ),
 }
 
 
