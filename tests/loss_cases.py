@@ -42,6 +42,7 @@ LOSS_CASES = {
     "cdpo": LossCase(LOG2, {"label_smoothing": 0.1}),
     "holder": LossCase(-0.5),
     "ropo": LossCase(56 / 225 * (LOG2 + 7)),
+    "repo": LossCase(LOG2, metrics=("eta",)),
     "chipo": LossCase(LOG2),
     "dpop": LossCase(LOG2),
     "adadpo": LossCase(0.01),

@@ -17,7 +17,7 @@ from .tiny import cpu_args, save_tiny, tiny_preferences, with_columns
 DOCS = Path(__file__).parents[1] / "docs"
 # Logged for whoever sets it by hand; a constant of most runs
 NOT_PLOTTED = {"wdpo/eps"}
-COLUMNS = {"preference_probability": torch.linspace(0.5, 1, 16)}
+COLUMNS = {"preference_probability": torch.linspace(0.5, 1, 16), "repo": torch.linspace(0.5, 1, 16)}
 
 
 def trained(model, output_dir, name, **settings):

@@ -17,6 +17,11 @@ class PairLossConfig:
             8, at `beta=0.1`.
         ropo_alpha (`float`, *optional*, defaults to `14.0`):
             α of ROPO, > 0: weight of its bounded part. Small is DPO. Published: 14 (recalled).
+        repo_eta (`float`, *optional*, defaults to `0.9`):
+            η of RE-PO at the start, in (0, 1]: the share of labels that are right; of each annotator where the data
+            have a column `annotator`. 1 is DPO for ever. Published: 0.9.
+        repo_rate (`float`, *optional*, defaults to `0.1`):
+            By how much η moves to the mean posterior of each optimiser step, in [0, 1]. 0 keeps it. Published: 0.1.
         chipo_clip (`float`, *optional*, defaults to `1.0`):
             R of χPO, > 0: its scaled difference is clipped to ±2R. Published: 1 to 2, at `beta` 0.05 or 0.005.
         dpop_lambda (`float`, *optional*, defaults to `50.0`):
@@ -41,6 +46,20 @@ class PairLossConfig:
     )
     ropo_alpha: float = field(
         default=14.0, metadata={"help": "α of ROPO, > 0: weight of its bounded part. Small is DPO. Published: 14."}
+    )
+    repo_eta: float = field(
+        default=0.9,
+        metadata={
+            "help": "η of RE-PO at the start, in (0, 1]: the share of labels that are right (of each annotator where "
+            "the data have a column `annotator`). Published: 0.9."
+        },
+    )
+    repo_rate: float = field(
+        default=0.1,
+        metadata={
+            "help": "By how much η of RE-PO moves to the mean posterior of each optimiser step, in [0, 1]. Published: "
+            "0.1."
+        },
     )
     chipo_clip: float = field(
         default=1.0,
@@ -74,6 +93,10 @@ class PairLossConfig:
     def _validate_pair_losses(self) -> None:
         for name in ("holder_gamma", "ropo_alpha", "chipo_clip", "adadpo_rho0", "adadpo_tau_min"):
             require_in_range(name, getattr(self, name), 0, math.inf, "a positive number")
+        if self.repo_eta != 1 or isinstance(self.repo_eta, bool):
+            require_in_range("repo_eta", self.repo_eta, 0, 1, "a number above 0 and up to 1", "1 is DPO.")
+        if self.repo_rate != 1 or isinstance(self.repo_rate, bool):
+            require_in_range("repo_rate", self.repo_rate, 0, 1, "a number from 0 to 1", low_included=True)
         for name, advice in (("dpop_lambda", "0 is plain DPO."), ("dpopro_rho", "0 is soft-label DPO.")):
             require_in_range(name, getattr(self, name), 0, math.inf, "a number >= 0", advice, low_included=True)
         require_in_range(

@@ -28,6 +28,9 @@ class LossType:
             loss couples the pairs of the whole step.
         columns (`tuple[str, ...]`):
             Of the data set, which the loss cannot do without.
+        state (`str`, *optional*):
+            The column (which the data set need not have) of whose labels the loss learns a number each beside the
+            policy, once per optimiser step.
         of_differences (`bool`):
             Whether the loss of a pair sees the reference only through the difference of its two log-ratios. For a
             robust loss this is a matter of its inner loss.
@@ -38,6 +41,7 @@ class LossType:
     paper: dict[str, str]
     temperature: str | None = None
     columns: tuple[str, ...] = ()
+    state: str | None = None
     of_differences: bool = True
 
 
@@ -50,6 +54,7 @@ LOSS_TYPES = {
     "cdpo": LossType("pair", "told the share of flipped labels", papers.DPO),
     "holder": LossType("pair", "lets go of contradicted pairs", papers.HOLDER),
     "ropo": LossType("pair", "bounds the pull of contradicted pairs", papers.ROPO),
+    "repo": LossType("pair", "learns how reliable labels are", papers.REPO, state="annotator"),
     "chipo": LossType("pair", "chi-squared tie to the reference", papers.CHIPO, of_differences=False),
     "dpop": LossType("pair", "keeps the chosen completion likely", papers.DPOP, of_differences=False),
     "adadpo": LossType("pair", "a temperature for each pair", papers.ADADPO),
@@ -68,6 +73,12 @@ def in_use(loss_types: Iterable[str], inner: str | None) -> tuple[str, ...]:
     ours = [name for name in loss_types if name in LOSS_TYPES]
     inside = any(LOSS_TYPES[name].family == "robust" for name in ours) and inner in LOSS_TYPES
     return tuple(dict.fromkeys([*ours, inner] if inside else ours))
+
+
+def column_names(names: Iterable[str]) -> tuple[str, ...]:
+    """The columns that these of our losses read, if the data have them, and the weight that every loss reads."""
+    read = [column for name in names for column in (*LOSS_TYPES[name].columns, LOSS_TYPES[name].state) if column]
+    return tuple(dict.fromkeys(["weight", *read]))
 
 
 def sees_differences_only(name: str, inner: str | None) -> bool:

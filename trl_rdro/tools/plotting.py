@@ -26,6 +26,7 @@ PANELS = {
 LOSS_PANELS = {
     "share beyond the cap": ("capped_chosen", "capped_rejected"),
     "weights in the batch": ("effective_sample_size", "max_weight"),
+    "reliability of the labels": ("eta",),
     "input gradient": ("grad_norm",),
     "penalty": ("penalty",),
     "error of the central difference": ("gap",),

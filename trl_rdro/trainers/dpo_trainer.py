@@ -8,18 +8,19 @@ import trl
 
 from ..compat import trl as trl_compat
 from ..configs.dpo_config import DPOConfig
-from ..losses.types import LOSS_TYPES, in_use
+from ..losses.types import LOSS_TYPES, column_names, in_use
 from . import objectives
 from .columns import Columns, split_columns, weighted
 from .common import describe_in_model_card, require_own_config
 from .dataset_checks import check_datasets, require_loss_columns, require_preference_columns
 from .input_gradient_penalty import InputGradientPenalty
+from .loss_state import StatefulLosses
 from .reweighting import Reweighting
 from .safeguards import Safeguards
 from .step import split_step, with_steps
 
 
-class DPOTrainer(Reweighting, InputGradientPenalty, Columns, Safeguards, trl.DPOTrainer):
+class DPOTrainer(Reweighting, InputGradientPenalty, StatefulLosses, Columns, Safeguards, trl.DPOTrainer):
     """
     [`trl.DPOTrainer`] whose `loss_type` can also be `"ddro"`, `"rdro"`, `"kldpo"` or `"wdpo"`, alone or in a weighted
     list with TRL's. Takes the same arguments; runs without any of the four are TRL's own, to the last bit.
@@ -62,9 +63,9 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Columns, Safeguards, trl.DPO
         if "wdpo" in ours and example.keys() & {"image", "images"}:
             raise ValueError("`wdpo` perturbs text embeddings and is not defined for image data.")
         self._ours = ours
-        used = in_use(requested, args.inner_loss_type) if ours else ()
-        check_datasets(partial(require_loss_columns, loss_types=used), train_dataset, eval_dataset)
-        self._column_names = ("weight", *{column for name in used for column in LOSS_TYPES[name].columns})
+        self._used = in_use(requested, args.inner_loss_type) if ours else ()
+        check_datasets(partial(require_loss_columns, loss_types=self._used), train_dataset, eval_dataset)
+        self._column_names = column_names(self._used)
         if "weight" in example and (sorting := {"aot", "aot_unpaired"}.intersection(requested)):
             raise ValueError(
                 f"The column `weight` cannot be combined with `{sorting.pop()}`, which sorts the pairs of a batch, so "
@@ -75,6 +76,7 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Columns, Safeguards, trl.DPO
         self._set_up_safeguards(given_reference=ref_model is not None)
         self._set_up_columns()
         self._set_up_input_gradient_penalty()
+        self._set_up_loss_state()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # The Trainer hands over the micro-batches of one optimiser step together
@@ -95,6 +97,7 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Columns, Safeguards, trl.DPO
         inputs, step = split_step(inputs)
         # The reference first: its activations are gone before those of the policy come
         ref_logps = trl_compat.pair_reference_logps(self, inputs) if step.ref_logps is None else step.ref_logps
+        columns = self._with_numbers(columns, like=ref_logps.chunk(2)[0])
         grad_norms, metrics = None, {}
         if self._is_penalised(step.index):
             outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, columns, metrics)
@@ -103,6 +106,8 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Columns, Safeguards, trl.DPO
         logratios = self._logratios(outputs.log_probs, inputs, ref_logps)
         by_class = dict(zip(("chosen", "rejected"), logratios.chunk(2), strict=True))
         metrics |= {f"logratios/{label}": values.mean() for label, values in by_class.items()}
+
+        self._observe(self._pairs(logratios, inputs, columns), metrics)
 
         our_losses = {}
         for name, _ in ours:
@@ -136,8 +141,14 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Columns, Safeguards, trl.DPO
         self, name: str, logratios: torch.Tensor, inputs: dict[str, Any], columns: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """The pair loss called `name`, `(n,)`, of `(2n,)` log-ratios."""
+        chosen, rejected, lengths, columns = self._pairs(logratios, inputs, columns)
+        return objectives.pair_loss(name, chosen, rejected, lengths, self.args, columns)
+
+    def _pairs(
+        self, logratios: torch.Tensor, inputs: dict[str, Any], columns: dict[str, torch.Tensor]
+    ) -> objectives.Pairs:
         lengths = inputs["completion_mask"].sum(dim=1).clamp(min=1).view(2, -1)
-        return objectives.pair_loss(name, *logratios.chunk(2), lengths, self.args, columns)
+        return objectives.Pairs(*logratios.chunk(2), lengths, columns)
 
     def _density_ratio_loss(
         self, name: str, logratios: torch.Tensor, metrics: dict[str, torch.Tensor]

@@ -16,7 +16,7 @@ class Pairs(NamedTuple):
     chosen: torch.Tensor  # (n,) log-ratios summed over each completion's tokens, in nats
     rejected: torch.Tensor  # (n,)
     lengths: torch.Tensor  # (2, n) tokens of the chosen and the rejected completions, at least 1
-    columns: Mapping[str, torch.Tensor]  # (n,) each: what the rows carry beside their texts
+    columns: Mapping[str, torch.Tensor]  # (n,) each: what the rows carry, and under a loss's name what it has learned
 
 
 # One line for each; a is the `DPOConfig`
@@ -27,6 +27,7 @@ _PAIR_LOSSES: dict[str, Callable[[Pairs, Any], torch.Tensor]] = {
     "cdpo": lambda p, a: losses.cdpo_loss(p.chosen, p.rejected, a.beta, a.label_smoothing),
     "holder": lambda p, a: losses.holder_loss(p.chosen, p.rejected, a.beta, a.holder_gamma),
     "ropo": lambda p, a: losses.ropo_loss(p.chosen, p.rejected, a.beta, a.ropo_alpha),
+    "repo": lambda p, a: losses.repo_loss(p.chosen, p.rejected, p.columns["repo"], a.beta),
     "chipo": lambda p, a: losses.chipo_loss(p.chosen, p.rejected, a.beta, a.chipo_clip),
     "dpop": lambda p, a: losses.dpop_loss(p.chosen, p.rejected, a.beta, a.dpop_lambda),
     "adadpo": lambda p, a: losses.adadpo_loss(
@@ -103,3 +104,56 @@ def temperature(name: str, args: Any) -> float:
     if name == "drdpo":
         return -args.drdpo_beta
     raise ValueError(f"There is no temperature of {name!r}.")
+
+
+# What a loss learns beside the policy: see `trl_rdro.trainers.loss_state`
+
+
+def number_of_a_new_label(name: str, args: Any) -> float:
+    """The number that the loss `name` starts from for a label it has not met.
+
+    Raises:
+        `ValueError`: for a loss that has none.
+    """
+    if name == "repo":
+        return args.repo_eta
+    raise ValueError(f"There is no number of {name!r} to start from.")
+
+
+def state_statistics(name: str, pairs: Pairs, args: Any) -> torch.Tensor:
+    """What each pair says about its label's number, `(n,)`.
+
+    Raises:
+        `ValueError`: for a loss without a state.
+    """
+    if name == "repo":
+        return losses.repo_posterior(pairs.chosen, pairs.rejected, pairs.columns["repo"], args.beta)
+    raise ValueError(f"There is no state of {name!r}.")
+
+
+def state_metrics(name: str, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is logged of a state: scalars, from the `(n,)` numbers of a micro-batch's pairs.
+
+    Raises:
+        `ValueError`: for a loss without a state.
+    """
+    if name == "repo":
+        return {"repo/eta": numbers.mean()}
+    raise ValueError(f"There is no state of {name!r}.")
+
+
+def updated_numbers(
+    name: str, numbers: torch.Tensor, statistics: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, args: Any
+) -> torch.Tensor:
+    """The numbers after an optimiser step, `(k,)`.
+
+    Args:
+        numbers: `(k,)` before it.
+        statistics, labels, weights: `(N,)` of all its pairs; the labels in 0..k-1.
+
+    Raises:
+        `ValueError`: for a loss without a state.
+    """
+    if name == "repo":
+        return losses.repo_update(numbers, statistics, labels, args.repo_rate, weights)
+    raise ValueError(f"There is no state of {name!r}.")
