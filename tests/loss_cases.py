@@ -39,6 +39,7 @@ LOSS_CASES = {
     "kldpo": LossCase(LOG2, {"kldpo_tau": 0.05}, WEIGHTS),
     "wdpo": LossCase(LOG2, {"wdpo_rho": 0.1}, ("grad_norm", "penalty", "gap", "eps"), coupled={"wdpo_penalty": "rms"}),
     "drdpo": LossCase(LOG2, {"drdpo_beta": 0.05}, WEIGHTS),
+    "grdpo": LossCase(LOG2, {"grdpo_eta": 1.0}, ("weight_men", "weight_women")),
     "cdpo": LossCase(LOG2, {"label_smoothing": 0.1}),
     "holder": LossCase(-0.5),
     "ropo": LossCase(56 / 225 * (LOG2 + 7)),

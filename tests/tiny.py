@@ -106,7 +106,10 @@ def tiny_preferences(n: int = 16, seed: int = 0) -> Dataset:
 
 def with_columns(dataset: Dataset, loss_types: Iterable[str]) -> Dataset:
     """The data set with the columns that these of our losses need, with values that differ from row to row."""
-    values = {"preference_probability": lambda i: (1.0, 0.75, 0.9, 0.6)[i % 4]}
+    values = {
+        "preference_probability": lambda i: (1.0, 0.75, 0.9, 0.6)[i % 4],
+        "group": lambda i: ("women", "men")[i % 2],
+    }
     names = dict.fromkeys(name for loss in loss_types if loss in LOSS_TYPES for name in LOSS_TYPES[loss].columns)
     for name in names:
         dataset = dataset.add_column(name, [values[name](i) for i in range(len(dataset))])

@@ -1,4 +1,4 @@
-"""What repo learns beside the policy: one update per optimiser step from all its pairs, kept in checkpoints."""
+"""What repo and grdpo learn beside the policy: one update per optimiser step, from all pairs, in each checkpoint."""
 
 import json
 
@@ -16,7 +16,8 @@ ANNOTATORS = ["ann", "bo", "ann", "ann", "bo", "ann", "cy", "ann"]
 
 
 def data(n=8):
-    return tiny_preferences(n).add_column("annotator", (ANNOTATORS * n)[:n])
+    dataset = tiny_preferences(n).add_column("annotator", (ANNOTATORS * n)[:n])
+    return dataset.add_column("group", (ANNOTATORS * n)[:n])
 
 
 def build(output_dir, dataset=None, **settings):
@@ -74,12 +75,19 @@ def test_one_step_by_hand(tmp_path):
     assert everybody == {"0": pytest.approx(0.8 + 0.25 * (posteriors.mean().item() - 0.8), abs=1e-5)}
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss_type": "kldpo", "inner_loss_type": "repo"}], ids=["repo", "kldpo"])
+GRDPO = {"loss_type": "grdpo", "grdpo_eta": 2.0}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"loss_type": "kldpo", "inner_loss_type": "repo"}, GRDPO, {**GRDPO, "inner_loss_type": "repo"}]
+)
 def test_the_update_does_not_depend_on_the_split(tmp_path, settings):
-    whole = etas(trained(tmp_path, **settings))
+    whole = trained(tmp_path, **settings)
     for micro_batch, accumulation in ((4, 2), (1, 8), (3, 3)):
         split = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
-        assert etas(trained(tmp_path, **split, **settings)) == pytest.approx(whole, abs=1e-6)
+        parts = trained(tmp_path, **split, **settings)
+        for name in whole._stateful:
+            assert etas(parts, name) == pytest.approx(etas(whole, name), abs=1e-6)
 
 
 def test_weights_count_in_the_mean(tmp_path):
@@ -116,9 +124,12 @@ def test_evaluation_does_not_move_it(tmp_path):
     )
 
 
+@pytest.mark.parametrize("loss", [{"loss_type": "repo"}, GRDPO], ids=["repo", "grdpo"])
 @pytest.mark.parametrize("restore", [False, True])
-def test_resume_goes_on_with_the_same_numbers(tmp_path, restore):
+def test_resume_goes_on_with_the_same_numbers(tmp_path, restore, loss):
+    name = loss["loss_type"]
     settings = {
+        **loss,
         "max_steps": 4,
         "save_strategy": "steps",
         "save_steps": 2,
@@ -128,10 +139,10 @@ def test_resume_goes_on_with_the_same_numbers(tmp_path, restore):
     }
     whole = trained(tmp_path, data(16), **settings)
     saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    assert saved["stateful_callbacks"]["LossState"]["attributes"]["values"]["repo"].keys() == etas(whole).keys()
+    assert saved["stateful_callbacks"]["LossState"]["attributes"]["values"][name].keys() == etas(whole, name).keys()
     resumed = build(tmp_path, data(16), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert etas(resumed) == etas(whole)
+    assert etas(resumed, name) == etas(whole, name)
     assert sum(isinstance(callback, LossState) for callback in resumed.callback_handler.callbacks) == 1
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -145,3 +156,85 @@ def test_streaming_meets_annotators_as_they_come(tmp_path):
 def test_names_of_annotators_are_told_apart_whatever_their_type():
     assert len({label_id(name) for name in ("a", "b", "", 0, 1, None, 1.5)}) == 7
     assert label_id("a") == label_id("a") and 0 <= label_id("a") < 2**56
+
+
+# grdpo
+
+
+GROUPS = sorted(set(ANNOTATORS))
+
+
+def group_means(values):
+    return [values[[i for i, other in enumerate(ANNOTATORS) if other == name]].mean().item() for name in GROUPS]
+
+
+def test_groups_start_equal_and_the_worst_gains(tmp_path):
+    """a_g exp(eta mean_g l), normalised, from the inner losses before the step."""
+    inner = torch.nn.functional.softplus(-log_ratios(tmp_path, data()))
+    trainer = trained(tmp_path, **GRDPO)
+    factors = torch.tensor([2.0 * mean for mean in group_means(inner)]).exp()
+    shares = (factors / factors.sum()).tolist()
+    expected = {str(label_id(name)): share for name, share in zip(GROUPS, shares, strict=True)}
+    assert etas(trainer, "grdpo") == pytest.approx(expected, rel=1e-4)
+    logged = trainer.state.log_history[0]
+    assert {key: logged[key] for key in logged if key.startswith("grdpo/")} == pytest.approx(
+        {f"grdpo/weight_{name}": 1 / 3 for name in set(ANNOTATORS)}
+    )
+
+
+@pytest.mark.parametrize("split", [(8, 1), (2, 4)], ids=str)
+def test_a_grdpo_step_is_the_weighted_sum_of_the_groups_mean_gradients(tmp_path, split):
+    """By hand, from the gradients of single pairs, with a row of weight 2 and group weights that are not equal."""
+    weights = [1.0, 2.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
+    dataset = data().add_column("weight", weights)
+    start = {str(label_id(name)): share for name, share in zip(GROUPS, (0.5, 0.2, 0.3), strict=True)}
+    gradients = []
+    for row in range(8):
+        single = build(tmp_path, dataset.remove_columns("weight"), loss_type="sigmoid")
+        batch = single.data_collator([single.train_dataset[row]])
+        single.compute_loss(single.model.train(), batch).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in single.model.parameters()]))
+    expected = 0
+    for name in GROUPS:
+        rows = [i for i, other in enumerate(ANNOTATORS) if other == name]
+        total = sum(weights[i] for i in rows)
+        expected += start[str(label_id(name))] * sum(weights[i] * gradients[i] for i in rows) / total
+    expected *= sum(weights) / len(weights)  # a mean over rows, not over their weights
+
+    micro_batch, accumulation = split
+    sizes = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
+    trainer = build(tmp_path, dataset, learning_rate=1.0, max_grad_norm=0.0, **sizes, **GRDPO)
+    trainer._loss_state.values = {"grdpo": dict(start)}
+    before = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+    trainer.train()
+    update = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]) - before
+    assert (update + expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("groups", [["everybody"] * 8, [0, 1] * 4], ids=str)
+def test_one_group_and_equal_groups_without_a_step_are_dpo(tmp_path, groups):
+    dataset = tiny_preferences(8).add_column("group", groups)
+    ours = trained(tmp_path, dataset, loss_type="grdpo", grdpo_eta=0.0, max_steps=3)
+    dpo = trained(tmp_path, dataset, loss_type="sigmoid", max_steps=3)
+    for parameter, other in zip(ours.model.parameters(), dpo.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-7)
+
+
+def refused(output_dir, train, evaluation=None):
+    args = DPOConfig(**cpu_args(output_dir=str(output_dir), loss_type="grdpo"))
+    with pytest.raises(ValueError) as error:
+        DPOTrainer("no/such/model", args=args, train_dataset=train, eval_dataset=evaluation)
+    return str(error.value)
+
+
+def test_data_without_countable_groups_are_refused(tmp_path):
+    assert "needs the column `group`, which `train_dataset` lacks" in refused(tmp_path, tiny_preferences(4))
+    assert "streaming" in refused(tmp_path, data().to_iterable_dataset())
+    strange = tiny_preferences(2).add_column("group", ["ann", "zoe"])
+    assert "The group 'zoe' of `eval_dataset['held-out']`" in refused(tmp_path, data(), {"held-out": strange})
+
+
+def test_a_group_met_first_in_evaluation_is_named_as_such(tmp_path):
+    trainer = build(tmp_path, **GRDPO)
+    with pytest.raises(ValueError, match="`grdpo` met a `group` that the training set does not have"):
+        trainer.evaluate(tiny_preferences(2).add_column("group", ["ann", "zoe"]))

@@ -72,7 +72,7 @@ def test_every_temperature_is_the_option_that_the_table_names():
         lambda: objectives.temperature("wdpo", config()),
         lambda: objectives.number_of_a_new_label("holder", config()),
         lambda: objectives.state_statistics("holder", None, config()),
-        lambda: objectives.state_metrics("holder", None),
+        lambda: objectives.state_metrics("holder", None, {}),
         lambda: objectives.updated_numbers("holder", None, None, None, None, config()),
     ],
 )

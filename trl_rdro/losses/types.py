@@ -29,8 +29,8 @@ class LossType:
         columns (`tuple[str, ...]`):
             Of the data set, which the loss cannot do without.
         state (`str`, *optional*):
-            The column (which the data set need not have) of whose labels the loss learns a number each beside the
-            policy, once per optimiser step.
+            The column of whose labels the loss learns a number each beside the policy, once per optimiser step. The
+            data set need not have it, unless it is one of `columns`; then its labels are those of the training set.
         of_differences (`bool`):
             Whether the loss of a pair sees the reference only through the difference of its two log-ratios. For a
             robust loss this is a matter of its inner loss.
@@ -51,6 +51,7 @@ LOSS_TYPES = {
     "kldpo": LossType("robust", "worst case in a KL ball", papers.ROBUST, temperature="kldpo_tau"),
     "wdpo": LossType("robust", "worst case in a Wasserstein ball", papers.ROBUST),
     "drdpo": LossType("robust", "follows the pairs that go best", papers.DRDPO, temperature="drdpo_beta"),
+    "grdpo": LossType("robust", "worst group of people", papers.GRDPO, columns=("group",), state="group"),
     "cdpo": LossType("pair", "told the share of flipped labels", papers.DPO),
     "holder": LossType("pair", "lets go of contradicted pairs", papers.HOLDER),
     "ropo": LossType("pair", "bounds the pull of contradicted pairs", papers.ROPO),

@@ -65,6 +65,24 @@ def require_loss_columns(dataset: Any, name: str, loss_types: Iterable[str]) -> 
             )
 
 
+def require_known_groups(train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse data on which groups cannot be counted, and evaluation data with groups that training gives no weight."""
+    if not isinstance(train_dataset, Dataset):
+        raise ValueError(
+            "`grdpo` needs the sizes of the groups, which cannot be counted on a streaming `train_dataset`. Load the "
+            "data set without streaming."
+        )
+    known = set(map(str, train_dataset["group"]))
+    named = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+    for name, dataset in named.items():
+        if isinstance(dataset, Dataset) and (new := sorted(set(map(str, dataset["group"])) - known)):
+            raise ValueError(
+                f"The group {new[0]!r} of `eval_dataset{'' if name is None else f'[{name!r}]'}` is not in "
+                f"`train_dataset`, whose groups are {', '.join(sorted(known)[:10])}: `grdpo` has no weight for it. "
+                "Remove these rows, or give them a group of the training set."
+            )
+
+
 def require_unpaired_columns(dataset: Any, name: str) -> dict[str, Any]:
     """Refuse anything but labelled completions, or pairs, which TRL flattens. Returns the first row."""
     example = first_example(dataset, name)

@@ -12,7 +12,12 @@ from ..losses.types import LOSS_TYPES, column_names, in_use
 from . import objectives
 from .columns import Columns, split_columns, weighted
 from .common import describe_in_model_card, require_own_config
-from .dataset_checks import check_datasets, require_loss_columns, require_preference_columns
+from .dataset_checks import (
+    check_datasets,
+    require_known_groups,
+    require_loss_columns,
+    require_preference_columns,
+)
 from .input_gradient_penalty import InputGradientPenalty
 from .loss_state import StatefulLosses
 from .reweighting import Reweighting
@@ -65,6 +70,8 @@ class DPOTrainer(Reweighting, InputGradientPenalty, StatefulLosses, Columns, Saf
         self._ours = ours
         self._used = in_use(requested, args.inner_loss_type) if ours else ()
         check_datasets(partial(require_loss_columns, loss_types=self._used), train_dataset, eval_dataset)
+        if "grdpo" in ours:
+            require_known_groups(train_dataset, eval_dataset)
         self._column_names = column_names(self._used)
         if "weight" in example and (sorting := {"aot", "aot_unpaired"}.intersection(requested)):
             raise ValueError(
@@ -120,6 +127,8 @@ class DPOTrainer(Reweighting, InputGradientPenalty, StatefulLosses, Columns, Saf
                 values = weighted(self._pair_loss(self.args.inner_loss_type, logratios, inputs, columns), columns)
                 if LOSS_TYPES[name].temperature:
                     values = self._reweighted(name, values, step, metrics)
+                elif LOSS_TYPES[name].state:
+                    values = columns[name] * values
                 elif grad_norms is not None:
                     values = values + self._penalty(grad_norms, columns, metrics)
             our_losses[name] = step.scale * values.mean()

@@ -1,7 +1,8 @@
 """What a loss learns beside the policy, once per optimiser step and from all its pairs, such as the reliability of
-labels (repo)."""
+labels (repo), the weights of groups (grdpo)."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..losses.types import LOSS_TYPES
 from . import objectives
+from .columns import label_id
 
 
 class LossState(TrainerCallback, ExportableState):
@@ -23,14 +25,14 @@ class LossState(TrainerCallback, ExportableState):
 
     def __init__(self):
         self.values: dict[str, dict[str, float]] = {}  # by loss, then by label
+        self.sizes: dict[str, dict[str, float]] = {}  # of the labels in the training set, where a loss needs them
         self._seen: dict[str, list[tuple[float, ...]]] = defaultdict(list)
 
     def numbers(self, name: str, labels: torch.Tensor, config: Any) -> torch.Tensor:
-        """The numbers of `(n,)` labels, `(n,)`."""
-        known = self.values.setdefault(name, {})
-        keys = [str(label) for label in labels.tolist()]
-        values = [known[key] if key in known else objectives.number_of_a_new_label(name, config) for key in keys]
-        return torch.tensor(values, device=labels.device)
+        """The numbers of `(n,)` pairs by their labels, `(n,)`."""
+        known, index = self._lookup(name, labels.tolist(), config)
+        sizes = torch.tensor([self.sizes[name][key] for key in known]) if name in self.sizes else None
+        return objectives.numbers_of_pairs(name, torch.tensor(list(known.values())), index, sizes).to(labels.device)
 
     def observe(self, name: str, labels: torch.Tensor, statistics: torch.Tensor, weights: torch.Tensor) -> None:
         """Take in what `(n,)` pairs of the present optimiser step say about their labels' numbers."""
@@ -38,24 +40,26 @@ class LossState(TrainerCallback, ExportableState):
 
     def on_step_end(self, args, state, control, **kwargs):
         for name, seen in self._seen.items():
-            rows = gather_object(seen)
-            known = {str(label): None for label, _, _ in rows} | self.values[name]
-            known = {
-                key: objectives.number_of_a_new_label(name, args) if value is None else value
-                for key, value in known.items()
-            }
-            index = {key: i for i, key in enumerate(known)}
-            labels = torch.tensor([index[str(label)] for label, _, _ in rows])
-            numbers, statistics, weights = (
-                torch.tensor(values, dtype=torch.float64)
-                for values in (list(known.values()), [row[1] for row in rows], [row[2] for row in rows])
-            )
-            updated = objectives.updated_numbers(name, numbers, statistics, labels, weights, args)
+            labels, *columns = zip(*gather_object(seen), strict=True)
+            known, index = self._lookup(name, labels, args)
+            numbers, *columns = (torch.tensor(x, dtype=torch.float64) for x in (list(known.values()), *columns))
+            updated = objectives.updated_numbers(name, numbers, columns[0], index, columns[1], args)
             self.values[name] = dict(zip(known, updated.tolist(), strict=True))
         self._seen.clear()
 
+    def _lookup(self, name: str, labels: Iterable[int], config: Any) -> tuple[dict[str, float], torch.Tensor]:
+        """The numbers by label, with those of new labels; and the place in it of each of `labels`, `(n,)`."""
+        keys = [str(label) for label in labels]
+        known = dict(self.values[name])
+        for key in keys:
+            if key not in known:
+                known[key] = objectives.number_of_a_new_label(name, config)
+        known = dict(sorted(known.items()))  # as in a checkpoint: the last digit of a sum depends on the order
+        places = {key: place for place, key in enumerate(known)}
+        return known, torch.tensor([places[key] for key in keys], dtype=torch.long)
+
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"values": self.values}}
+        return {"args": {}, "attributes": {"values": self.values, "sizes": self.sizes}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._seen.clear()  # of a run that was broken off
@@ -74,6 +78,24 @@ class StatefulLosses:
         self._stateful = [name for name in self._used if LOSS_TYPES[name].state]
         if self._stateful:
             self.add_callback(LossState)
+            self._loss_state.values = {name: {} for name in self._stateful}
+        self._label_names: dict[str, dict[str, str]] = {}  # by loss, then by label, where its labels are known before
+        for name in self._stateful:
+            column = LOSS_TYPES[name].state
+            if column in LOSS_TYPES[name].columns:
+                self._count_labels(name, column)
+
+    def _count_labels(self, name: str, column: str) -> None:
+        """Let the loss's state know the labels of the training set, with their sizes, and start from equal numbers."""
+        labels = self.train_dataset[column]
+        weights = self.train_dataset["weight"] if "weight" in self.train_dataset.column_names else [1] * len(labels)
+        sizes: dict[str, float] = defaultdict(float)
+        for label, weight in zip(labels, weights, strict=True):
+            sizes[str(label)] += weight
+        ids = {str(label_id(label)): label for label in sorted(sizes)}
+        self._label_names[name] = ids
+        self._loss_state.sizes[name] = {key: sizes[label] for key, label in ids.items()}
+        self._loss_state.values[name] = dict.fromkeys(ids, 1 / len(ids))
 
     def _with_numbers(self, columns: dict[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
         """The columns, and under the name of each loss with a state the numbers of its pairs, `(n,)`.
@@ -90,7 +112,9 @@ class StatefulLosses:
     def _observe(self, pairs: objectives.Pairs, metrics: dict[str, torch.Tensor]) -> None:
         """Log the numbers; in training, let the state take in what the pairs say about them."""
         for name in self._stateful:
-            metrics |= objectives.state_metrics(name, pairs.columns[name])
+            names = self._label_names.get(name, {})
+            by_name = {label: self._loss_state.values[name][key] for key, label in names.items()}
+            metrics |= objectives.state_metrics(name, pairs.columns[name], by_name)
             if self.model.training:
                 labels = self._labels(name, pairs.columns, pairs.chosen)
                 weights = pairs.columns.get("weight", torch.ones_like(pairs.chosen))

@@ -117,7 +117,20 @@ def number_of_a_new_label(name: str, args: Any) -> float:
     """
     if name == "repo":
         return args.repo_eta
+    if name == "grdpo":
+        raise ValueError(
+            "`grdpo` met a `group` that the training set does not have, so that there is no weight for it. Remove "
+            "such rows from the evaluation data, or give them a group of the training set."
+        )
     raise ValueError(f"There is no number of {name!r} to start from.")
+
+
+def numbers_of_pairs(
+    name: str, numbers: torch.Tensor, labels: torch.Tensor, sizes: torch.Tensor | None
+) -> torch.Tensor:
+    """What the loss `name` uses of `(k,)` numbers for pairs with `(n,)` labels in 0..k-1, of whom the training set has
+    `(k,)` sizes: `(n,)`."""
+    return losses.grdpo_weights(numbers, sizes, labels) if name == "grdpo" else numbers[labels]
 
 
 def state_statistics(name: str, pairs: Pairs, args: Any) -> torch.Tensor:
@@ -128,17 +141,22 @@ def state_statistics(name: str, pairs: Pairs, args: Any) -> torch.Tensor:
     """
     if name == "repo":
         return losses.repo_posterior(pairs.chosen, pairs.rejected, pairs.columns["repo"], args.beta)
+    if name == "grdpo":
+        return _PAIR_LOSSES[args.inner_loss_type](pairs, args)
     raise ValueError(f"There is no state of {name!r}.")
 
 
-def state_metrics(name: str, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is logged of a state: scalars, from the `(n,)` numbers of a micro-batch's pairs.
+def state_metrics(name: str, of_pairs: torch.Tensor, by_name: dict[str, float]) -> dict[str, torch.Tensor]:
+    """What is logged of a state: scalars, from the `(n,)` numbers of a micro-batch's pairs, and from those of the
+    labels where their names are known.
 
     Raises:
         `ValueError`: for a loss without a state.
     """
     if name == "repo":
-        return {"repo/eta": numbers.mean()}
+        return {"repo/eta": of_pairs.mean()}
+    if name == "grdpo":
+        return {f"grdpo/weight_{group}": of_pairs.new_full((), weight) for group, weight in by_name.items()}
     raise ValueError(f"There is no state of {name!r}.")
 
 
@@ -156,4 +174,6 @@ def updated_numbers(
     """
     if name == "repo":
         return losses.repo_update(numbers, statistics, labels, args.repo_rate, weights)
+    if name == "grdpo":
+        return losses.grdpo_update(numbers, statistics, labels, args.grdpo_eta, weights)
     raise ValueError(f"There is no state of {name!r}.")
