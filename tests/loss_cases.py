@@ -15,7 +15,8 @@ LOG2 = math.log(2)
 class LossCase:
     """
     Parameters:
-        constant: the loss of a pair where the policy equals the reference; with wdpo its penalty comes on top.
+        constant: the loss of a pair where the policy equals the reference; with wdpo its penalty comes on top. None
+            where it depends on more than the policy and its reference.
         settings: config fields with which the loss differs visibly from plain DPO in a tiny run.
         metrics: what is logged under the loss's name.
         learning_rate: of SGD, at which a tiny model learns with it in a few steps.
@@ -23,7 +24,7 @@ class LossCase:
             it is split. None of them: every split gives the same step.
     """
 
-    constant: float
+    constant: float | None
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     learning_rate: float = 0.1
@@ -49,4 +50,5 @@ LOSS_CASES = {
     "adadpo": LossCase(0.01),
     "gdpo": LossCase(LOG2),
     "dpopro": LossCase(LOG2, {"dpopro_rho": 0.5}),
+    "mrpo": LossCase(None, {"mrpo_alpha": 0.3}),
 }

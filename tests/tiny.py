@@ -109,9 +109,11 @@ def with_columns(dataset: Dataset, loss_types: Iterable[str]) -> Dataset:
     values = {
         "preference_probability": lambda i: (1.0, 0.75, 0.9, 0.6)[i % 4],
         "group": lambda i: ("women", "men")[i % 2],
+        "second_ref_chosen_logps": lambda i: -20.0,
+        "second_ref_rejected_logps": lambda i: -21.0,
     }
-    names = dict.fromkeys(name for loss in loss_types if loss in LOSS_TYPES for name in LOSS_TYPES[loss].columns)
-    for name in names:
+    losses = [LOSS_TYPES[loss] for loss in loss_types if loss in LOSS_TYPES]
+    for name in dict.fromkeys(name for loss in losses for name in (*loss.columns, *loss.optional_columns)):
         dataset = dataset.add_column(name, [values[name](i) for i in range(len(dataset))])
     return dataset
 

@@ -50,6 +50,8 @@ BAD_VALUES = {
     "adadpo_tau_min": NOT_POSITIVE,
     "adadpo_tau_max": [*NOT_POSITIVE, 0.09],
     "dpopro_rho": [*NOT_NUMBERS, None, -1, -1e-9],
+    "mrpo_reference": ["", 3, True, ["model"]],
+    "mrpo_alpha": [*NOT_NUMBERS, -0.1, 1.1],
     "plot": [None, "yes", 1],
     "loss_type": ["", "dpo", "rdro,sft", ["rdro", "dpo"], [3], [None], [["rdro"]], 3, True, None, []],
 }
@@ -75,6 +77,8 @@ GOOD_VALUES = {
     "adadpo_tau_min": [1e-3, 5.0],
     "adadpo_tau_max": [0.1, 100],
     "dpopro_rho": [0, 0.0, 0.1, 2],
+    "mrpo_reference": [None, "some/model"],
+    "mrpo_alpha": [None, 0, 0.5, 1],
     "plot": [False, True],
     "loss_type": [["rdro", "sft"], ["sigmoid"], ["kldpo", "wdpo"]],
 }

@@ -1,5 +1,7 @@
 """Names and options of the config reach the right function with the right arguments."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from ..tiny import cpu_args
 
 CHOSEN, REJECTED = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LENGTHS = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
-COLUMNS = dict.fromkeys(("preference_probability", "repo"), torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9, 1.0]))
+COLUMNS = defaultdict(lambda: torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9, 1.0]))
 PREFERRED = torch.tensor([True, False, True, True, False, False])
 
 

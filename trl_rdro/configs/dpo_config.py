@@ -43,7 +43,7 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
         ddro_t, ddro_cap, rdro_alpha:
             See [`DensityRatioConfig`]. On pairs, half of the completions are preferred.
         holder_gamma, ropo_alpha, repo_eta, repo_rate, chipo_clip, dpop_lambda, adadpo_rho0, adadpo_tau_min,
-        adadpo_tau_max, dpopro_rho:
+        adadpo_tau_max, dpopro_rho, mrpo_reference, mrpo_alpha:
             See [`PairLossConfig`].
         kldpo_tau (`float`, *optional*, defaults to `1.0`):
             τ of KLDPO, > 0: temperature of the weights softmax(loss / τ) over the pairs of an optimiser step. Large is

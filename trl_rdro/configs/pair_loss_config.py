@@ -36,6 +36,13 @@ class PairLossConfig:
             The largest temperature of a pair, >= `adadpo_tau_min`. Released runs: 5.
         dpopro_rho (`float`, *optional*, defaults to `0.1`):
             ρ of DPO-PRO, >= 0: radius of the χ² ball around the soft label. 0 is soft-label DPO. Published: tuned.
+        mrpo_reference (`str`, *optional*):
+            The second reference of MRPO: the path of a model or adapter, or the name of an adapter of the trained
+            model. If `None`, the data bring its log-probabilities, summed over each completion's tokens, as the
+            columns `second_ref_chosen_logps` and `second_ref_rejected_logps`.
+        mrpo_alpha (`float`, *optional*):
+            Weight of the second reference in MRPO's harmonic mean, in [0, 1]. If `None`, its share of the two
+            references' own margins on each pair. Released runs: adaptive.
     """
 
     holder_gamma: float = field(
@@ -90,13 +97,33 @@ class PairLossConfig:
         metadata={"help": "ρ of DPO-PRO, >= 0: radius of the χ² ball around the soft label. 0 is soft-label DPO."},
     )
 
+    mrpo_reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "The second reference of MRPO: the path of a model or adapter, or the name of an adapter of the "
+            "trained model. If `None`, the data bring its log-probabilities as the columns `second_ref_chosen_logps` "
+            "and `second_ref_rejected_logps`."
+        },
+    )
+    mrpo_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the second reference in MRPO's harmonic mean, in [0, 1]. If `None`, its share of the "
+            "two references' own margins on each pair."
+        },
+    )
+
     def _validate_pair_losses(self) -> None:
         for name in ("holder_gamma", "ropo_alpha", "chipo_clip", "adadpo_rho0", "adadpo_tau_min"):
             require_in_range(name, getattr(self, name), 0, math.inf, "a positive number")
-        if self.repo_eta != 1 or isinstance(self.repo_eta, bool):
-            require_in_range("repo_eta", self.repo_eta, 0, 1, "a number above 0 and up to 1", "1 is DPO.")
-        if self.repo_rate != 1 or isinstance(self.repo_rate, bool):
-            require_in_range("repo_rate", self.repo_rate, 0, 1, "a number from 0 to 1", low_included=True)
+        above_1 = math.nextafter(1, 2)
+        require_in_range("repo_eta", self.repo_eta, 0, above_1, "a number above 0 and up to 1", "1 is DPO.")
+        require_in_range("repo_rate", self.repo_rate, 0, above_1, "a number from 0 to 1", low_included=True)
+        if self.mrpo_alpha is not None:
+            expected = "a number from 0 to 1, or None"
+            require_in_range("mrpo_alpha", self.mrpo_alpha, 0, above_1, expected, low_included=True)
+        if self.mrpo_reference is not None and not (isinstance(self.mrpo_reference, str) and self.mrpo_reference):
+            raise ValueError(f"`mrpo_reference` must be a path or a name, or None, got {self.mrpo_reference!r}.")
         for name, advice in (("dpop_lambda", "0 is plain DPO."), ("dpopro_rho", "0 is soft-label DPO.")):
             require_in_range(name, getattr(self, name), 0, math.inf, "a number >= 0", advice, low_included=True)
         require_in_range(

@@ -7,7 +7,7 @@ from .precision import as_float
 
 
 def mrpo_reference(
-    own: torch.Tensor, other: torch.Tensor, alpha: float | None = None, clip: float | None = None
+    own: torch.Tensor, other: torch.Tensor, alpha: float | None = None, clip: float | None = 0.1
 ) -> torch.Tensor:
     """The reference that MRPO (https://huggingface.co/papers/2405.16388) makes of two: their weighted harmonic mean,
 
@@ -21,7 +21,7 @@ def mrpo_reference(
             |D_own|) for each pair, where D is the reference's own margin between chosen and rejected (1/2 where both
             are 0).
         clip (`float`, *optional*): eps > 0: the second reference's log-probabilities are kept within (1 +- eps) times
-            those of the first.
+            those of the first. Released runs: 0.1, shared out between chosen and rejected. If `None`, they are free.
 
     Returns:
         `torch.Tensor` of shape `(2, n)`: log pi.
@@ -45,7 +45,7 @@ def mrpo_loss(
     other: torch.Tensor,
     beta: float = 0.1,
     alpha: float | None = None,
-    clip: float | None = None,
+    clip: float | None = 0.1,
 ) -> torch.Tensor:
     """MRPO: DPO with the reference `mrpo_reference`.
 

@@ -28,6 +28,8 @@ class LossType:
             loss couples the pairs of the whole step.
         columns (`tuple[str, ...]`):
             Of the data set, which the loss cannot do without.
+        optional_columns (`tuple[str, ...]`):
+            Of the data set, which it reads where they are.
         state (`str`, *optional*):
             The column of whose labels the loss learns a number each beside the policy, once per optimiser step. The
             data set need not have it, unless it is one of `columns`; then its labels are those of the training set.
@@ -41,6 +43,7 @@ class LossType:
     paper: dict[str, str]
     temperature: str | None = None
     columns: tuple[str, ...] = ()
+    optional_columns: tuple[str, ...] = ()
     state: str | None = None
     of_differences: bool = True
 
@@ -61,6 +64,12 @@ LOSS_TYPES = {
     "adadpo": LossType("pair", "a temperature for each pair", papers.ADADPO),
     "gdpo": LossType("pair", "soft labels scale the margin", papers.GDPO, columns=("preference_probability",)),
     "dpopro": LossType("pair", "worst soft label near the given", papers.DPOPRO, columns=("preference_probability",)),
+    "mrpo": LossType(
+        "pair",
+        "a second reference model",
+        papers.MRPO,
+        optional_columns=("second_ref_chosen_logps", "second_ref_rejected_logps"),
+    ),
 }
 
 
@@ -78,7 +87,8 @@ def in_use(loss_types: Iterable[str], inner: str | None) -> tuple[str, ...]:
 
 def column_names(names: Iterable[str]) -> tuple[str, ...]:
     """The columns that these of our losses read, if the data have them, and the weight that every loss reads."""
-    read = [column for name in names for column in (*LOSS_TYPES[name].columns, LOSS_TYPES[name].state) if column]
+    losses = [LOSS_TYPES[name] for name in names]
+    read = [column for loss in losses for column in (*loss.columns, *loss.optional_columns, loss.state) if column]
     return tuple(dict.fromkeys(["weight", *read]))
 
 

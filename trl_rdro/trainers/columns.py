@@ -15,6 +15,8 @@ COLUMNS = {
     "preference_probability": torch.float32,
     "group": torch.int64,
     "annotator": torch.int64,
+    "second_ref_chosen_logps": torch.float32,
+    "second_ref_rejected_logps": torch.float32,
 }
 _KEY = "trl_rdro_columns"
 

@@ -83,6 +83,16 @@ def require_known_groups(train_dataset: Any, eval_dataset: Any) -> None:
             )
 
 
+def require_second_reference(dataset: Any, name: str) -> None:
+    """Refuse data without the log-probabilities of mrpo's second reference."""
+    columns = LOSS_TYPES["mrpo"].optional_columns
+    if not set(columns) <= set(first_example(dataset, name)):
+        raise ValueError(
+            "`mrpo` needs a second reference model: set `mrpo_reference` to its path or to the name of an adapter, or "
+            f"give its log-probabilities in the columns {' and '.join(columns)}, which `{name}` lacks."
+        )
+
+
 def require_unpaired_columns(dataset: Any, name: str) -> dict[str, Any]:
     """Refuse anything but labelled completions, or pairs, which TRL flattens. Returns the first row."""
     example = first_example(dataset, name)

@@ -17,15 +17,19 @@ from .dataset_checks import (
     require_known_groups,
     require_loss_columns,
     require_preference_columns,
+    require_second_reference,
 )
 from .input_gradient_penalty import InputGradientPenalty
 from .loss_state import StatefulLosses
 from .reweighting import Reweighting
 from .safeguards import Safeguards
+from .second_reference import SecondReference
 from .step import split_step, with_steps
 
 
-class DPOTrainer(Reweighting, InputGradientPenalty, StatefulLosses, Columns, Safeguards, trl.DPOTrainer):
+class DPOTrainer(
+    Reweighting, InputGradientPenalty, StatefulLosses, SecondReference, Columns, Safeguards, trl.DPOTrainer
+):
     """
     [`trl.DPOTrainer`] whose `loss_type` can also be `"ddro"`, `"rdro"`, `"kldpo"` or `"wdpo"`, alone or in a weighted
     list with TRL's. Takes the same arguments; runs without any of the four are TRL's own, to the last bit.
@@ -72,6 +76,8 @@ class DPOTrainer(Reweighting, InputGradientPenalty, StatefulLosses, Columns, Saf
         check_datasets(partial(require_loss_columns, loss_types=self._used), train_dataset, eval_dataset)
         if "grdpo" in ours:
             require_known_groups(train_dataset, eval_dataset)
+        if "mrpo" in self._used and args.mrpo_reference is None:
+            check_datasets(require_second_reference, train_dataset, eval_dataset)
         self._column_names = column_names(self._used)
         if "weight" in example and (sorting := {"aot", "aot_unpaired"}.intersection(requested)):
             raise ValueError(
@@ -84,6 +90,7 @@ class DPOTrainer(Reweighting, InputGradientPenalty, StatefulLosses, Columns, Saf
         self._set_up_columns()
         self._set_up_input_gradient_penalty()
         self._set_up_loss_state()
+        self._set_up_second_reference()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # The Trainer hands over the micro-batches of one optimiser step together
@@ -104,7 +111,7 @@ class DPOTrainer(Reweighting, InputGradientPenalty, StatefulLosses, Columns, Saf
         inputs, step = split_step(inputs)
         # The reference first: its activations are gone before those of the policy come
         ref_logps = trl_compat.pair_reference_logps(self, inputs) if step.ref_logps is None else step.ref_logps
-        columns = self._with_numbers(columns, like=ref_logps.chunk(2)[0])
+        columns = self._complete(columns, inputs, ref_logps) if step.columns is None else step.columns
         grad_norms, metrics = None, {}
         if self._is_penalised(step.index):
             outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, columns, metrics)
@@ -152,6 +159,13 @@ class DPOTrainer(Reweighting, InputGradientPenalty, StatefulLosses, Columns, Saf
         """The pair loss called `name`, `(n,)`, of `(2n,)` log-ratios."""
         chosen, rejected, lengths, columns = self._pairs(logratios, inputs, columns)
         return objectives.pair_loss(name, chosen, rejected, lengths, self.args, columns)
+
+    def _complete(
+        self, columns: dict[str, torch.Tensor], inputs: dict[str, Any], ref_logps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The columns, with all else that the losses in use look at."""
+        columns = self._with_numbers(columns, like=ref_logps.chunk(2)[0])
+        return self._with_references(columns, inputs, ref_logps)
 
     def _pairs(
         self, logratios: torch.Tensor, inputs: dict[str, Any], columns: dict[str, torch.Tensor]

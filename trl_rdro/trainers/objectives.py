@@ -37,7 +37,14 @@ _PAIR_LOSSES: dict[str, Callable[[Pairs, Any], torch.Tensor]] = {
     "dpopro": lambda p, a: losses.dpopro_loss(
         p.chosen, p.rejected, p.columns["preference_probability"], a.beta, a.dpopro_rho
     ),
+    "mrpo": lambda p, a: _mrpo(p, a),
 }
+
+
+def _mrpo(p: Pairs, a: Any) -> torch.Tensor:
+    own = torch.stack([p.columns["ref_chosen_logps"], p.columns["ref_rejected_logps"]])
+    second = torch.stack([p.columns["second_ref_chosen_logps"], p.columns["second_ref_rejected_logps"]])
+    return losses.mrpo_loss(p.chosen, p.rejected, own, second, a.beta, a.mrpo_alpha)
 
 
 def pair_loss(

@@ -34,7 +34,7 @@ class Reweighting:
                 inputs, step = split_step(batch)
                 inputs, columns = split_columns(self._prepare_inputs(inputs))
                 step.ref_logps = trl_compat.pair_reference_logps(self, inputs)
-                columns = self._with_numbers(columns, like=step.ref_logps.chunk(2)[0])
+                step.columns = columns = self._complete(columns, inputs, step.ref_logps)
                 outputs = trl_compat.policy_forward(self, model, inputs)
                 logratios = self._logratios(outputs.log_probs, inputs, step.ref_logps)
                 pair_losses = self._pair_loss(self.args.inner_loss_type, logratios, inputs, columns)

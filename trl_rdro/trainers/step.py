@@ -17,6 +17,7 @@ class Step:
         index: of the micro-batch in the step.
         scale: by which its mean enters the step's mean.
         ref_logps: `(2n,)` reference log-probabilities, where they had to be known before.
+        columns: what the losses look at beside log-ratios, where it had to be known before.
         pair_losses: `(n,)` losses of its pairs before the step, without graph, where a loss weighs the step's pairs.
         all_pair_losses: `(N,)` those of all micro-batches and ranks.
     """
@@ -24,6 +25,7 @@ class Step:
     index: int = 0
     scale: float = 1.0
     ref_logps: torch.Tensor | None = None
+    columns: dict[str, torch.Tensor] | None = None
     pair_losses: torch.Tensor | None = None
     all_pair_losses: torch.Tensor | None = None
 
