@@ -47,6 +47,7 @@ LOSS_CASES = {
     "repo": LossCase(LOG2, metrics=("eta",)),
     "chipo": LossCase(LOG2),
     "dpop": LossCase(LOG2),
+    "minor": LossCase(LOG2),
     "adadpo": LossCase(0.01),
     "gdpo": LossCase(LOG2),
     "dpopro": LossCase(LOG2, {"dpopro_rho": 0.5}),

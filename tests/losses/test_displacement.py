@@ -1,11 +1,11 @@
-"""chi-PO and DPO-Positive: worked examples and limits."""
+"""chi-PO, DPO-Positive and Minor DPO: worked examples and limits."""
 
 import math
 
 import pytest
 import torch
 
-from trl_rdro.losses import chipo_loss, dpop_loss, sigmoid_loss
+from trl_rdro.losses import chipo_loss, dpop_loss, minor_loss, sigmoid_loss
 
 
 LOG3 = math.log(3)
@@ -60,3 +60,15 @@ def test_dpop_is_dpo_without_penalty_and_where_the_chosen_one_is_likelier():
     torch.testing.assert_close(dpop_loss(*z, penalty=0.0), sigmoid_loss(*z), rtol=1e-15, atol=0)
     z[0] = z[0].abs()
     torch.testing.assert_close(dpop_loss(*z), sigmoid_loss(*z), rtol=1e-15, atol=0)
+
+
+def test_minor_worked_example():
+    # z = (log 3, -5) at beta 1: the rejected one is below the reference already, so sigma is 3/4 and it has no slope
+    value, *slopes = value_and_slopes(minor_loss, LOG3, -5.0, beta=1.0)
+    assert value == pytest.approx(math.log(4 / 3)) and slopes == pytest.approx([-1 / 4, 0])
+
+
+def test_minor_is_dpo_where_the_rejected_one_is_likelier_than_under_the_reference():
+    z = torch.randn(2, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z[1] = z[1].abs()
+    torch.testing.assert_close(minor_loss(*z), sigmoid_loss(*z), rtol=1e-15, atol=0)

@@ -91,6 +91,7 @@ PAIR_LOSSES: dict[str, tuple[Callable, Callable, float, float]] = {
     "repo": (losses.repo_loss, naive_repo, LOG2, 0.1),
     "chipo": (losses.chipo_loss, naive_chipo, LOG2, math.inf),
     "dpop": (losses.dpop_loss, lambda w, r, i: nll(0.1 * (w - r - 50 * max(0.0, -w))), LOG2, 5.1),
+    "minor": (losses.minor_loss, lambda w, r, i: nll(0.1 * (w - max(0.0, r))), LOG2, 0.1),
     "adadpo": (losses.adadpo_loss, naive_adadpo, 0.1 * 0.1, 0.1),
     "gdpo": (
         lambda w, r: losses.gdpo_loss(w, r, PROBABILITIES[: len(w)]),

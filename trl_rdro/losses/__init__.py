@@ -4,7 +4,7 @@ The caller reduces: a mean over pairs, or a mean with `class_weights` over label
 """
 
 from .density_ratio import class_weights, ddro_beyond_cap, ddro_loss, rdro_loss
-from .displacement import chipo_loss, dpop_loss
+from .displacement import chipo_loss, dpop_loss, minor_loss
 from .groups import grdpo_update, grdpo_weights
 from .noise import cdpo_loss, holder_loss, repo_loss, repo_posterior, repo_update, ropo_loss
 from .pairwise import hinge_loss, ipo_loss, sigmoid_loss
@@ -31,6 +31,7 @@ __all__ = [
     "ipo_loss",
     "kldpo_log_weights",
     "kldpo_loss",
+    "minor_loss",
     "mrpo_loss",
     "mrpo_reference",
     "rdro_loss",

@@ -49,3 +49,16 @@ def dpop_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float = 0.1, p
     """
     chosen, rejected = as_float(chosen), as_float(rejected)
     return -F.logsigmoid(beta * (chosen - rejected - penalty * torch.relu(-chosen)))
+
+
+def minor_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float = 0.1) -> torch.Tensor:
+    """Minor DPO (https://huggingface.co/papers/2408.09834): -log sigma( beta (z_chosen - max(0, z_rejected)) ). A
+    rejected completion is pushed down to its likelihood under the reference and no further.
+
+    Args:
+        chosen, rejected, beta: as for `chipo_loss`.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`: log 2 where policy = reference. Where z_rejected > 0 this is DPO.
+    """
+    return -F.logsigmoid(beta * (as_float(chosen) - torch.relu(as_float(rejected))))

@@ -187,3 +187,15 @@ MRPO = _paper(
         eprint    = {2405.16388},
     }""",
 )
+MINOR = _paper(
+    "Minor DPO reject penalty to increase training robustness",
+    "2408.09834",
+    """
+    @article{xie2024minor,
+        title   = {{Minor DPO reject penalty to increase training robustness}},
+        author  = {Shiming Xie and Hong Chen and Fred Yu and Zeye Sun and Xiuyu Wu and Yingfan Hu},
+        year    = 2024,
+        eprint  = {2408.09834},
+        journal = {arXiv preprint arXiv:2408.09834},
+    }""",
+)

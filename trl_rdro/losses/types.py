@@ -61,6 +61,7 @@ LOSS_TYPES = {
     "repo": LossType("pair", "learns how reliable labels are", papers.REPO, state="annotator"),
     "chipo": LossType("pair", "chi-squared tie to the reference", papers.CHIPO, of_differences=False),
     "dpop": LossType("pair", "keeps the chosen completion likely", papers.DPOP, of_differences=False),
+    "minor": LossType("pair", "pushes no further than the reference", papers.MINOR, of_differences=False),
     "adadpo": LossType("pair", "a temperature for each pair", papers.ADADPO),
     "gdpo": LossType("pair", "soft labels scale the margin", papers.GDPO, columns=("preference_probability",)),
     "dpopro": LossType("pair", "worst soft label near the given", papers.DPOPRO, columns=("preference_probability",)),

@@ -30,6 +30,7 @@ _PAIR_LOSSES: dict[str, Callable[[Pairs, Any], torch.Tensor]] = {
     "repo": lambda p, a: losses.repo_loss(p.chosen, p.rejected, p.columns["repo"], a.beta),
     "chipo": lambda p, a: losses.chipo_loss(p.chosen, p.rejected, a.beta, a.chipo_clip),
     "dpop": lambda p, a: losses.dpop_loss(p.chosen, p.rejected, a.beta, a.dpop_lambda),
+    "minor": lambda p, a: losses.minor_loss(p.chosen, p.rejected, a.beta),
     "adadpo": lambda p, a: losses.adadpo_loss(
         p.chosen, p.rejected, a.beta, a.adadpo_rho0, a.adadpo_tau_min, a.adadpo_tau_max
     ),
