@@ -15,7 +15,7 @@ import pytest
 from trl.trainer import dpo_trainer
 
 from . import test_engines, test_multi_node
-from .matrix import CELLS, ENGINES, SPLIT_ENGINES, SPLITS, TOLERANCES, Cell
+from .matrix import CELLS, ENGINES, FAMILY, SPLIT_ENGINES, SPLITS, TOLERANCES, Cell
 
 
 ROOT = Path(__file__).parents[2]
@@ -59,11 +59,16 @@ def on_off(values: list[bool]) -> str:
     return ON_OFF[tuple(sorted(set(values)))]
 
 
+def row_of(cell: Cell) -> tuple[str, str, bool]:
+    return cell.model, cell.dtype, cell.loss in FAMILY
+
+
 def engines_table() -> str:
-    """One row for each model and precision; every engine runs every cell."""
+    """One row for each model and precision, the family apart; every engine runs every cell."""
     rows = []
-    for model, dtype in dict.fromkeys((cell.model, cell.dtype) for cell in CELLS):
-        cells = [cell for cell in CELLS if (cell.model, cell.dtype) == (model, dtype)]
+    for kind in dict.fromkeys(map(row_of, CELLS)):
+        cells = [cell for cell in CELLS if row_of(cell) == kind]
+        model, dtype, _ = kind
         reference = ["adapters off" if model != "full" else "model"]
         reference += ["precomputed"] * any(cell.precomputed for cell in cells)
         losses = list(dict.fromkeys(cell.loss for cell in cells))
