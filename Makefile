@@ -27,12 +27,12 @@ DEMO_STAMP  := $(VENV)/.installed-demo
 MODEL_STAMP := $(VENV)/.installed-demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test test-fast test-versions bench lint types format clean
 .NOTPARALLEL:
 
 help:  ## show this list
 	@echo "usage: make TARGET [NAME=value ...]"
-	@sed -n 's/^\([a-z]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '  %-8s %s\n' $$t "$$d"; done
+	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '  %-13s %s\n' $$t "$$d"; done
 	@echo
 	@echo "  demo takes LOSS=$(LOSS) DATA=<paired or unpaired> MODEL=<hub id or directory> SEED=<int> OUTPUT=<directory>;"
 	@echo "  all take PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV)"
@@ -45,22 +45,35 @@ demo: $(DEMO_STAMP) $(if $(MODEL),,$(MODEL_STAMP))  ## train a language model on
 test: $(TEST_STAMP)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
+# Its environments are its own, and bring torch as the package index has it.
+test-versions: $(VENV)/bin/python  ## the core tests with the oldest and the newest supported versions; gigabytes
+	$(BIN)/python scripts/test_versions.py $(VERSIONS_ARGS)
+
 # One thread: the ratios of two programs are the steadier for it. The allocator keeps what it was given, or else page
 # faults are a good part of the time.
 bench: $(TEST_STAMP)  ## time and memory beside stock TRL, as a table; BENCH_ARGS="--size ci" for a glance
 	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 \
 		$(BIN)/python scripts/bench.py $(BENCH_ARGS)
 
+# What a change of a loss, an option or a command breaks first. Nothing that starts a process, and little that trains.
+FAST := tests/losses tests/configs tests/trainers/test_objectives.py tests/trainers/test_dataset_checks.py tests/cli
+
+test-fast: $(TEST_STAMP)  ## run the tests of losses, configs, objectives and parsing: under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(FAST) $(PYTEST_ARGS)
+
 lint: $(TEST_STAMP)  ## check style
 	$(RUFF) check --quiet .
 	$(RUFF) format --check --quiet .
+
+types: $(TEST_STAMP)  ## check types
+	$(BIN)/mypy
 
 format: $(TEST_STAMP)  ## fix style
 	$(RUFF) check --fix .
 	$(RUFF) format .
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

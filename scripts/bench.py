@@ -4,7 +4,6 @@ Time and memory of our losses beside stock TRL, as ratios, with the goals we set
     python scripts/bench.py --size small --output bench.json          # minutes on a CPU
     python scripts/bench.py --size full --output bench.json           # on a CUDA GPU
     python scripts/bench.py --sections 3 5 --output bench.json        # these sections anew, the others as they are
-    python scripts/bench.py --table bench.json                        # write its table into docs/performance.md
 
 Both libraries run in one process and take turns, a few optimiser steps each, on the same model, data and settings,
 after warm-up. A ratio is that of the medians; its interval the middle 95 % of 2,000 bootstrap samples of the rounds.
@@ -43,22 +42,12 @@ from bench_runs import (  # noqa: E402
     peak_bytes,
     quiet,
 )
+from bench_table import Row, table  # noqa: E402
 from machine import processor_name  # noqa: E402
 from smollm2 import MODEL_DIR  # noqa: E402
 
 
-MARKS = "<!-- bench -->\n", "<!-- /bench -->"
-DOCS = ROOT / "docs" / "performance.md"
 CONFIGS = ROOT / "tests" / "fixtures" / "model_configs"
-TITLES = {
-    1: "The losses that need nothing but their formula, against TRL's",
-    2: "kldpo with accumulation against DPO: one more gradient-free forward per micro-batch",
-    3: "wdpo against DPO and against exact double backward",
-    4: "Scaling: kldpo and wdpo beside DPO",
-    5: "Around the loss",
-    6: "The largest batch that fits (CUDA only)",
-}
-Row = dict[str, Any]
 
 
 # What is run at which size
@@ -109,7 +98,7 @@ def sizes() -> dict[str, Size]:
             head=replace(tiny, model=qwen2(32, 2, 2048), batch=1),
             scaling=tiny,
             axes={"length": [16, 32], "accumulation": [1, 2]},
-            rounds=2,
+            rounds=1,
             steps=1,
             imports=1,
             rows=32,
@@ -208,6 +197,10 @@ def half(rounds: int) -> int:
     return (rounds + 1) // 2
 
 
+def a_third(rounds: int) -> int:
+    return max(rounds // 3, min(rounds, 2))
+
+
 def section_1(size: Size) -> Iterator[Row]:
     first, *others = size.plain
     runs = [first, *(ours(first, loss) for loss in ("ddro", "rdro", "kldpo"))]
@@ -235,7 +228,7 @@ def section_3(size: Size) -> Iterator[Row]:
     lazy = replace(first, accumulation=4)
     yield from compare([lazy, ours(lazy, "wdpo", wdpo_interval=4)], [Goal(1, 0, 1.4)], size.rounds, size.steps)
     exact = replace(size.head, library="exact", loss="wdpo", attention="eager")
-    yield from compare([exact, ours(size.head, "wdpo")], [Goal(1, 0, 0.7, 0.4)], max(size.rounds // 3, 2), 1)
+    yield from compare([exact, ours(size.head, "wdpo")], [Goal(1, 0, 0.7, 0.4)], a_third(size.rounds), 1)
 
 
 def with_axis(run: Run, axis: str, value: int) -> Run:
@@ -250,7 +243,7 @@ def section_4(size: Size) -> Iterator[Row]:
         for value in values:
             base = with_axis(size.scaling, axis, value)
             runs = [base, ours(base, "kldpo"), ours(base, "wdpo")]
-            for run, times in zip(runs, alternate(runs, max(size.rounds // 3, 2), size.steps), strict=True):
+            for run, times in zip(runs, alternate(runs, a_third(size.rounds), size.steps), strict=True):
                 curve = curves.setdefault(run.loss, {"seconds": [], "bytes": []})
                 curve["seconds"].append(median(sum(times, [])))
                 curve["bytes"].append(peak_bytes(run))
@@ -309,96 +302,6 @@ def section_6(size: Size) -> Iterator[Row]:
 SECTIONS = {1: section_1, 2: section_2, 3: section_3, 4: section_4, 5: section_5, 6: section_6}
 
 
-# The table
-
-
-def verdict(value: float, goal: float | None) -> str:
-    return "" if goal is None else "met" if value <= goal else "missed"
-
-
-def limit(goal: float | None) -> str:
-    return "" if goal is None else f"≤ {goal:.2f}"
-
-
-def milliseconds(side: dict[str, Any]) -> str:
-    return f"{side['ms']:.0f} ± {side['mad']:.0f}"
-
-
-def comparison_table(rows: list[Row]) -> list[list[str]]:
-    lines = [
-        ["ours", "against", "ms", "ms", "time ratio", "goal", "", "MiB", "MiB", "memory ratio", "goal", "", "setting"]
-    ]
-    for row in rows:
-        time, memory = row["time"], row["memory"]
-        lines.append(
-            [
-                row["what"],
-                row["against"],
-                milliseconds(row["ours"]),
-                milliseconds(row["theirs"]),
-                f"{time['ratio']:.3f} ({time['low']:.3f} to {time['high']:.3f})",
-                limit(time["goal"]),
-                verdict(time["ratio"], time["goal"]),
-                f"{row['ours']['bytes'] / 2**20:.0f}",
-                f"{row['theirs']['bytes'] / 2**20:.0f}",
-                f"{memory['ratio']:.3f}",
-                limit(memory["goal"]),
-                verdict(memory["ratio"], memory["goal"]),
-                row["setting"],
-            ]
-        )
-    return lines
-
-
-def scaling_table(rows: list[Row]) -> list[list[str]]:
-    lines = [["loss", "axis", "values", "ms", "exponent", "goal", "", "MiB", "exponent", "goal", ""]]
-    for row in rows:
-        line = [row["what"], row["axis"], " ".join(map(str, row["values"]))]
-        for key, unit in (("seconds", 1e-3), ("bytes", 2**20)):
-            exponent, goal = row["exponents"][key], row["goals"][key]
-            line += [" ".join(f"{value / unit:.0f}" for value in row[key]), f"{exponent:.2f}"]
-            line += [limit(goal), verdict(exponent, goal)] if row["what"] != "sigmoid" else ["", ""]
-        lines.append(line)
-    return lines
-
-
-def overhead_table(rows: list[Row]) -> list[list[str]]:
-    lines = [["", "TRL, s", "ours, s", "difference", "goal", ""]]
-    for row in rows:
-        more = row["ours"] - row["theirs"]
-        figures = [f"{row['theirs']:.2f}", f"{row['ours']:.2f}", f"{more:+.2f}"]
-        lines.append([row["what"], *figures, limit(row["goal"]), verdict(more, row["goal"])])
-    return lines
-
-
-def largest_table(rows: list[Row]) -> list[list[str]]:
-    return [["loss", "setting", "pairs"], *([row["what"], row["setting"], str(row["pairs"])] for row in rows)]
-
-
-TABLES = {4: scaling_table, 5: overhead_table, 6: largest_table}
-
-
-def table(report: dict[str, Any]) -> str:
-    """The whole report in Markdown."""
-    versions = ", ".join(f"{name} {of}" for name, of in report["versions"].items())
-    threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}"
-    text = [f"{report['device']}, {threads}, {report['clock']} time; {versions}. {report['date']}:"]
-    text += [f"`{report['command']}`"]
-    for number, rows in sorted((int(key), rows) for key, rows in report["sections"].items() if rows):
-        head, *lines = TABLES.get(number, comparison_table)(rows)
-        text += ["", f"### {number}. {TITLES[number]}", ""]
-        text += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
-    return "\n".join(text) + "\n"
-
-
-def write_table(report: dict[str, Any], path: Path) -> None:
-    """Put the table between the marks of a Markdown file."""
-    before, _, rest = path.read_text().partition(MARKS[0])
-    if MARKS[1] not in rest:
-        sys.exit(f"{path} has no {MARKS[0].strip()} ... {MARKS[1]}")
-    path.write_text(before + MARKS[0] + table(report) + rest[rest.index(MARKS[1]) :])
-
-
 # The command
 
 
@@ -421,13 +324,7 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("build/bench.json"), help="JSON; its other sections are kept"
     )
-    parser.add_argument(
-        "--table", type=Path, metavar="JSON", help=f"only write its table into {DOCS.relative_to(ROOT)}"
-    )
     args = parser.parse_args()
-    if args.table is not None:
-        write_table(json.loads(args.table.read_text()), DOCS)
-        return 0
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     size = sizes()[args.size]

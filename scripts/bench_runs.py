@@ -24,9 +24,18 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
 from transformers.trainer_callback import PrinterCallback
 
 
@@ -34,9 +43,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import trl_rdro  # noqa: E402
-from tests.tiny import tiny_qwen2, tiny_tokenizer  # noqa: E402
-from tests.tools.profiling import profiled_peak  # noqa: E402
 from trl_rdro.compat import trl as trl_compat  # noqa: E402
+from trl_rdro.tools.profiling import profiled_peak  # noqa: E402
 from trl_rdro.trainers.input_gradient import hooked  # noqa: E402
 
 
@@ -88,10 +96,12 @@ def build_model(run: Run) -> torch.nn.Module:
     dtype = torch.bfloat16 if CUDA else torch.float32
     if isinstance(run.model, dict):
         fields = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192, **run.model}
-        fields |= {"initializer_range": 0.02, "attn_implementation": run.attention}
-        with torch.device("cuda" if CUDA else "cpu"):
-            model = tiny_qwen2(dtype=dtype, **fields)
-        return quantised(model.config) if run.method == "qlora" else model
+        config = Qwen2Config(**{"tie_word_embeddings": False, **fields}, attn_implementation=run.attention)
+        if run.method == "qlora":
+            return quantised(config)
+        with torch.device("cuda" if CUDA else "cpu"), torch.random.fork_rng():
+            torch.manual_seed(0)  # the same weights for all that are compared
+            return Qwen2ForCausalLM(config).to(dtype)
     if not run.model.endswith(".json"):
         return AutoModelForCausalLM.from_pretrained(run.model, dtype=dtype, attn_implementation=run.attention)
     config = AutoConfig.from_pretrained(run.model)
@@ -123,6 +133,14 @@ def quantised(config: Any) -> torch.nn.Module:
     return type(empty).from_pretrained(
         None, config=config, state_dict=weights, quantization_config=four_bit, dtype=torch.bfloat16
     )
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte of a text."""
+    tokens = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def text_data(run: Run, rows: int) -> Dataset:
@@ -180,7 +198,7 @@ def build_trainer(run: Run, steps: int, folder: str, rows: int | None = None) ->
         model,
         args=args,
         train_dataset=text_data(run, steps * run.batch * run.accumulation if rows is None else rows),
-        processing_class=tiny_tokenizer(),
+        processing_class=letter_tokenizer(),
         **kwargs,
     )
     trainer.remove_callback(PrinterCallback)

@@ -20,6 +20,9 @@ class LossCase:
         settings: config fields with which the loss differs visibly from plain DPO in a tiny run.
         metrics: what is logged under the loss's name.
         learning_rate: of SGD, at which a tiny model learns with it in a few steps.
+        adamw_learning_rate: of AdamW, at which 40 steps teach a tiny model what holds of other pairs too. A small one
+            for losses of the log-ratios themselves, which have no beta.
+        mixture: the option of a density-ratio loss for the share of p+ in the reference.
         coupled: further settings under which the samples of a micro-batch are coupled, so that a step depends on how
             it is split. None of them: every split gives the same step.
     """
@@ -28,6 +31,8 @@ class LossCase:
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     learning_rate: float = 0.1
+    adamw_learning_rate: float = 3e-3
+    mixture: str = ""
     coupled: dict[str, Any] = field(default_factory=dict)
 
 
@@ -35,8 +40,8 @@ CAPPED = ("capped_chosen", "capped_rejected")
 WEIGHTS = ("effective_sample_size", "max_weight")
 
 LOSS_CASES = {
-    "ddro": LossCase(2 * LOG2, metrics=CAPPED, learning_rate=0.01),
-    "rdro": LossCase(2 * LOG2),
+    "ddro": LossCase(2 * LOG2, metrics=CAPPED, learning_rate=0.01, adamw_learning_rate=5e-4, mixture="ddro_t"),
+    "rdro": LossCase(2 * LOG2, adamw_learning_rate=1e-3, mixture="rdro_alpha"),
     "kldpo": LossCase(LOG2, {"kldpo_tau": 0.05}, WEIGHTS),
     "wdpo": LossCase(LOG2, {"wdpo_rho": 0.1}, ("grad_norm", "penalty", "gap", "eps"), coupled={"wdpo_penalty": "rms"}),
     "drdpo": LossCase(LOG2, {"drdpo_beta": 0.05}, WEIGHTS),
@@ -53,3 +58,9 @@ LOSS_CASES = {
     "dpopro": LossCase(LOG2, {"dpopro_rho": 0.5}),
     "mrpo": LossCase(None, {"mrpo_alpha": 0.3}),
 }
+
+# What asks something of its own of a model or an engine: all of the matrix is run with these, one cell with the others
+ENGINE_LOSSES = ("ddro", "rdro", "kldpo", "wdpo")
+# Losses of pairs differ in one function only, which other tests look at: one stands for all, in tests that are about
+# models, adapters, precision or checkpoints
+KINDS = (*ENGINE_LOSSES, "grdpo", "repo")

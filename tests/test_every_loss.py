@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_rdro import DPOConfig, DPOTrainer
+from trl_rdro import DPOConfig
 from trl_rdro.losses.types import LOSS_TYPES, of_family
 from trl_rdro.tools.plotting import LABEL_PANELS, MORE_PANELS
 from trl_rdro.trainers import objectives
 
 from .loss_cases import LOSS_CASES
-from .tiny import cpu_args, save_tiny, tiny_preferences, with_columns
+from .tiny import cpu_args
+from .training import SGD, steps, train
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -20,24 +21,6 @@ DOCS = Path(__file__).parents[1] / "docs"
 NOT_PLOTTED = {"wdpo/eps"}
 # What the losses of pairs look at beside log-ratios; for mrpo two references that agree
 COLUMNS = defaultdict(lambda: torch.linspace(0.5, 1, 16))
-
-
-def trained(model, output_dir, name, **settings):
-    args = DPOConfig(
-        **cpu_args(
-            output_dir=str(output_dir), loss_type=name, logging_steps=1, optim="sgd", lr_scheduler_type="constant"
-        ),
-        **LOSS_CASES[name].settings,
-        **settings,
-    )
-    trainer = DPOTrainer(model, args=args, train_dataset=with_columns(tiny_preferences(32), [name]))
-    trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("name", LOSS_TYPES)
@@ -62,7 +45,8 @@ def test_no_case_is_left_over():
 @pytest.mark.parametrize("name", LOSS_TYPES)
 def test_a_run_starts_at_the_constant_logs_its_metrics_and_learns(name, model, tmp_path):
     case = LOSS_CASES[name]
-    logs = trained(model, tmp_path, name, max_steps=12, learning_rate=case.learning_rate)
+    settings = {**SGD, "max_grad_norm": 1.0, "learning_rate": case.learning_rate, **case.settings}
+    logs = steps(train(model, tmp_path, loss_type=name, max_steps=12, **settings))
     if case.constant is not None:
         assert logs[0]["loss"] - logs[0].get(f"{name}/penalty", 0) == pytest.approx(case.constant, abs=1e-4)
     assert {key for key in logs[0] if key.startswith(f"{name}/")} == {f"{name}/{metric}" for metric in case.metrics}

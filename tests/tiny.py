@@ -105,7 +105,8 @@ def tiny_preferences(n: int = 16, seed: int = 0) -> Dataset:
 
 
 def with_columns(dataset: Dataset, loss_types: Iterable[str]) -> Dataset:
-    """The data set with the columns that these of our losses need, with values that differ from row to row."""
+    """The data set with the columns that these of our losses need and it lacks, with values that differ from row to
+    row."""
     values = {
         "preference_probability": lambda i: (1.0, 0.75, 0.9, 0.6)[i % 4],
         "group": lambda i: ("women", "men")[i % 2],
@@ -114,7 +115,8 @@ def with_columns(dataset: Dataset, loss_types: Iterable[str]) -> Dataset:
     }
     losses = [LOSS_TYPES[loss] for loss in loss_types if loss in LOSS_TYPES]
     for name in dict.fromkeys(name for loss in losses for name in (*loss.columns, *loss.optional_columns)):
-        dataset = dataset.add_column(name, [values[name](i) for i in range(len(dataset))])
+        if name not in dataset.column_names:
+            dataset = dataset.add_column(name, [values[name](i) for i in range(len(dataset))])
     return dataset
 
 

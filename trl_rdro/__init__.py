@@ -6,6 +6,8 @@ Names are imported on first use, so that `import trl_rdro` and `trl_rdro.losses`
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .compat.versions import require_supported_versions
+
 
 if TYPE_CHECKING:
     from .configs.dpo_config import DPOConfig
@@ -23,6 +25,8 @@ _MODULES = {
 }
 
 __all__ = ["DPOConfig", "DPOTrainer", "KTOConfig", "KTOTrainer", "__version__"]
+
+require_supported_versions()
 
 
 def __getattr__(name: str):

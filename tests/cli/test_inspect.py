@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -13,8 +12,8 @@ import trl_rdro
 import trl_rdro.quickstart
 from trl_rdro.cli import main
 
-from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_tokenizer
-from .test_train import refusal
+from ..helpers import ROOT, refusal
+from ..tiny import cpu_args, tiny_preferences, tiny_tokenizer
 
 
 USER = "<|im_start|>user\n{}<|im_end|>\n"
@@ -32,11 +31,6 @@ def conversation(question: str, good: str = "it is good", bad: str = "it is bad"
     }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def with_bos(tmp_path) -> str:
     """A tokenizer that puts <|endoftext|> before every text, and no weights beside it."""
@@ -46,7 +40,7 @@ def with_bos(tmp_path) -> str:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
     )
     tokenizer.save_pretrained(tmp_path / "with_bos")
-    (tmp_path / "with_bos" / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "with_bos" / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 384}')
     return str(tmp_path / "with_bos")
 
 
@@ -228,7 +222,7 @@ def test_no_eos(inspect, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"  # as base models have it, beside a chat template that ends turns otherwise
     tokenizer.save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 384}')
     printed = inspect([conversation("how is it")], model_name_or_path=str(tmp_path / "base"))
     assert warnings(printed) == ["NO EOS", "NO EOS"]
     assert "but with <|im_end|>, at which generation has to be told to stop" in printed
@@ -278,7 +272,7 @@ def test_help(capsys):
 
 
 def test_the_quickstart_recipe(model, capsys):
-    path = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+    path = str(ROOT / "recipes" / "quickstart.yaml")
     argv = ["inspect", "--config", path, "--model_name_or_path", model, "--limit", "20"]
     assert main([*argv, "--dataset_name", trl_rdro.quickstart.QUICKSTART_DIR]) == 0
     assert "Pairs: 20" in capsys.readouterr().out

@@ -5,30 +5,12 @@ import shutil
 
 import pytest
 
-import trl_rdro.tools.plotting as plotting
 from trl_rdro import DPOConfig, KTOConfig
 from trl_rdro.cli import main, train
-from trl_rdro.cli.plot import log_history
+from trl_rdro.tools.run_logs import log_history
 
+from ..helpers import is_png, refusal
 from ..tiny import cpu_args
-from .test_train import config, data, model, refusal  # noqa: F401  (fixtures)
-
-
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """Every figure that is drawn."""
-    drawn = []
-
-    class Recording(plotting.Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            drawn.append(self)
-
-    monkeypatch.setattr(plotting, "Figure", Recording)
-    return drawn
 
 
 def panels(figure) -> dict[str, dict[str, list]]:
@@ -53,11 +35,11 @@ def write_run(directory, steps, loss, **metrics):
         ("sigmoid", {"reward (beta times log-ratio)"}),
     ],
 )
-def test_a_real_run_is_drawn_at_its_end_and_later(config, tmp_path, capsys, figures, loss, titles):  # noqa: F811
+def test_a_real_run_is_drawn_at_its_end_and_later(config, tmp_path, capsys, figures, loss, titles):
     path = config(plot=True, loss_type=loss, rdro_alpha=None, save_strategy="no")
     assert train.main("dpo", ["--config", path]) == 0
     assert f"Curves in {tmp_path / 'out' / 'curves.png'}" in capsys.readouterr().out
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(PNG)
+    assert is_png(tmp_path / "out" / "curves.png")
     assert main(["plot", str(tmp_path / "out"), "--output", str(tmp_path / "later.png")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "later.png")
     at_end, later = map(panels, figures)
@@ -70,7 +52,7 @@ def test_a_real_run_is_drawn_at_its_end_and_later(config, tmp_path, capsys, figu
     assert at_end["gradient norm"] == {"train": [[row["step"], row["grad_norm"]] for row in history if "loss" in row]}
 
 
-def test_without_the_field_nothing_is_drawn_but_the_state_is_there(config, tmp_path, figures):  # noqa: F811
+def test_without_the_field_nothing_is_drawn_but_the_state_is_there(config, tmp_path, figures):
     assert train.main("dpo", ["--config", config(save_strategy="no")]) == 0
     assert not figures
     assert (tmp_path / "out" / "trainer_state.json").is_file()
@@ -125,6 +107,31 @@ def test_refusals(tmp_path, monkeypatch, capsys, argv, words):
     message = refusal(capsys, main(["plot", *argv]))
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"log_history": [1, 2]}, "entry 0 of its log_history"),
+        ({"log_history": [{"step": 1, "loss": 1.0}, None]}, "entry 1 of its log_history"),
+        ({"log_history": [{"loss": 1.0}]}, "a number for `step`"),
+        ({"log_history": [{"step": "one", "loss": 1.0}]}, "a number for `step`"),
+        ({"log_history": [{"step": 10**400, "loss": 1.0}]}, "a number for `step`"),
+        ({"log_history": [{"step": 1, "loss": "low"}]}, "nothing to draw"),
+        ({"log_history": [{"step": 1, "loss": [1.0]}]}, "nothing to draw"),
+        ({"log_history": {"step": 1}}, "no log_history"),
+        ({"log_history": None}, "no log_history"),
+        ({"global_step": "one", "log_history": []}, "global_step"),
+        (b"\xff\x00", "cannot read"),
+        (b"[" * 100_000, "cannot read"),
+    ],
+)
+def test_a_state_that_cannot_be_drawn(tmp_path, capsys, content, words):
+    path = tmp_path / "run" / "trainer_state.json"
+    path.parent.mkdir()
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    message = refusal(capsys, main(["plot", str(path.parent), "--output", str(tmp_path / "c.png")]))
+    assert words in message and "run" in message
 
 
 @pytest.mark.parametrize("config_class", [DPOConfig, KTOConfig])

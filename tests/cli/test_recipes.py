@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_rdro.cli import main, recipes
+from trl_rdro.cli import main
+from trl_rdro.cli.recipes import table as table_of
 from trl_rdro.quickstart import QUICKSTART_DIR
+from trl_rdro.tools import recipes
 
-from .test_train import refusal
-
-
-ROOT = Path(__file__).parents[2]
+from ..helpers import ROOT, refusal
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_list_is_a_line_each(library, capsys, monkeypatch):
     ]
     monkeypatch.setenv("COLUMNS", "96")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    table = recipes.table(recipes.list_recipes()).splitlines()
+    table = table_of(recipes.list_recipes()).splitlines()
     assert max(map(len, table)) <= 96 and len(table) == len(lines)
 
 

@@ -15,8 +15,8 @@ from trl_rdro import DPOConfig, DPOTrainer
 from trl_rdro.cli import main
 from trl_rdro.tools import scoring
 
+from ..helpers import refusal
 from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_tokenizer
-from .test_train import refusal
 
 
 TOKENIZER = tiny_tokenizer()
@@ -263,7 +263,7 @@ def test_another_vocabulary_is_refused(score, models, tmp_path):
         (["--split", "nope"], ["nope", "train"]),
         (["--group", "colour"], ["colour", "topic"]),
         (["--batch_size", "0"], ["--batch_size", "0"]),
-        (["--max_length", "3"], ["--max_length 3"]),
+        (["--max_length", "3"], ["max_length 3"]),
         (["--output", "no/where/s.json"], ["no/where"]),
     ],
 )
@@ -276,10 +276,3 @@ def test_refusals(score, models, argv, words):
 def test_wrong_columns_are_refused(score, models):
     assert "chosen" in score([{"question": "a"}], "--model", models["policy"])
     assert "label" in score([{"prompt": "a", "completion": "b", "label": 3}], "--model", models["policy"])
-
-
-def test_options_are_argparses(capsys):
-    for argv in (["--help"], []):
-        with pytest.raises(SystemExit) as exit:
-            main(["score", *argv])
-        assert exit.value.code == (0 if argv else 2)

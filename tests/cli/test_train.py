@@ -14,73 +14,22 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import yaml
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import trl_rdro
 from trl_rdro.cli import launch, main, train
 
-from ..tiny import cpu_args, save_tiny, tiny_preferences
+from ..helpers import ROOT, refusal, run_process
+from ..tiny import tiny_preferences
 
 
-ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "trl_rdro.cli"]
 SCRIPT = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "scripts" / "dpo.py")]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    tiny_preferences(16).to_json(path)
-    return str(path)
-
-
-@pytest.fixture
-def config(tmp_path, model, data):
-    """Write a YAML file for a run of two steps; keyword arguments override or (None) remove keys."""
-
-    def write(**changes) -> str:
-        settings = cpu_args(
-            model_name_or_path=model,
-            dataset_name=data,
-            output_dir=str(tmp_path / "out"),
-            loss_type="rdro",
-            rdro_alpha=0.4,
-            max_steps=2,
-            per_device_train_batch_size=4,
-            logging_steps=1,
-            save_strategy="steps",
-            save_steps=2,
-        )
-        settings = {key: value for key, value in {**settings, **changes}.items() if value is not None}
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        return str(path)
-
-    return write
-
-
-def run_process(command: list[str]) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-
-
 def logged_steps(output_dir: Path) -> list[dict]:
     return json.loads((output_dir / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
-
-
-def refusal(capsys, code: int) -> str:
-    """The message of a refused command: one line on stderr, exit code 2."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-rdro: error: ")]
-    assert code == 2
-    assert len(lines) == 1
-    return lines[0].removeprefix("trl-rdro: error: ")
 
 
 # Runs
@@ -358,13 +307,6 @@ def test_help_lists_our_options_and_trls(capsys, method, own):
     printed = capsys.readouterr().out
     for option in ("--rdro_alpha", "--lora_r", "--dataset_name", "--accelerate_config", *own):
         assert option in printed
-
-
-def test_unknown_command(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["dpoo"])
-    assert exit.value.code == 2
-    assert "invalid choice" in capsys.readouterr().err
 
 
 def test_quickstart_recipe_is_strictly_valid():

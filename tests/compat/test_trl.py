@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 from trl_rdro.compat import trl as trl_compat
+from trl_rdro.compat.trl_trainer import TrlTrainer
 from trl_rdro.configs.dpo_config import TRL_DPO_LOSSES
 from trl_rdro.configs.kto_config import TRL_KTO_LOSSES
 
@@ -42,7 +43,7 @@ def test_methods_keep_their_signatures(trainer):
 
 
 def test_the_trainers_and_batches_hold_what_is_read(tmp_path):
-    attributes = "precompute_ref_logps ref_model aux_loss_enabled router_aux_loss_coef _metrics beta".split()
+    attributes = [*TrlTrainer.__annotations__, "_precompute_ref_logps", "compute_ref_log_probs"]
     model = save_tiny(tmp_path)
     dpo = trl.DPOTrainer(
         model, args=trl.DPOConfig(**cpu_args(output_dir=str(tmp_path))), train_dataset=tiny_preferences(4)

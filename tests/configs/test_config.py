@@ -30,15 +30,15 @@ NOT_NAMES = ["", "Squared", True, 3, ["squared"]]
 
 BAD_VALUES = {
     "ddro_t": NOT_OPEN_UNIT,
-    "ddro_cap": [*NOT_OPEN_UNIT, None],
-    "rdro_alpha": NOT_OPEN_UNIT,
-    "kldpo_tau": [*NOT_NUMBERS, None, 0, 0.0, -1, -0.05],
-    "drdpo_beta": NOT_POSITIVE,
-    "grdpo_eta": [*NOT_NUMBERS, None, -1, -1e-9],
-    "wdpo_rho": [*NOT_NUMBERS, None, -1, -1e-9],
+    "ddro_cap": [*NOT_OPEN_UNIT, None, 1e-39],
+    "rdro_alpha": [*NOT_OPEN_UNIT, 1e-39, 1 - 1e-9],
+    "kldpo_tau": [*NOT_NUMBERS, None, 0, 0.0, -1, -0.05, 1e39],
+    "drdpo_beta": [*NOT_POSITIVE, 1e39],
+    "grdpo_eta": [*NOT_NUMBERS, None, -1, -1e-9, 1e39],
+    "wdpo_rho": [*NOT_NUMBERS, None, -1, -1e-9, 1e39],
     "wdpo_penalty": [*NOT_NAMES, None, "mean"],
     "wdpo_interval": [*NOT_NUMBERS, None, 0, -1, 1.5, 2.0],
-    "wdpo_eps": NOT_OPEN_UNIT,
+    "wdpo_eps": [*NOT_OPEN_UNIT, 1e-39],
     "inner_loss_type": [*NOT_NAMES, None, "kldpo", "robust"],
     "holder_gamma": NOT_POSITIVE,
     "ropo_alpha": NOT_POSITIVE,
@@ -173,6 +173,13 @@ def test_an_unknown_loss_type_is_refused_with_the_nearest_name(build, typo, near
         ({"loss_type": ["rdro", "sft"], "loss_weights": [1.0]}, ["loss_weights", "1", "2"]),
         ({"loss_type": "drdpo", "per_device_train_batch_size": 1}, ["`drdpo`", "one pair", "`sigmoid`"]),
         ({"loss_type": ["sft", "drdpo"], "per_device_train_batch_size": 1}, ["`drdpo`", "one pair"]),
+        ({"loss_type": ["rdro", "sft"], "loss_weights": [0, 0.0]}, ["`loss_weights` must not all be 0", "[0, 0.0]"]),
+        *[({"loss_type": loss, "beta": 0}, ["`beta`", "got 0"]) for loss in ("sigmoid", "ipo", "bco_pair")],
+        ({"loss_type": ["rdro", "apo_zero"], "beta": 0.0}, ["`beta`", "got 0.0"]),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, ["`label_smoothing`", "[0, 0.5)", "got 0.5"]),
+        # t is known: half of the completions of pairs are preferred
+        ({"loss_type": "ddro", "ddro_cap": 0.5}, ["`ddro_cap`", "t=0.5", "got 0.5"]),
+        ({"loss_type": ["sft", "ddro"], "ddro_cap": 0.8, "ddro_t": 0.9}, ["`ddro_cap`", "t=0.9", "got 0.8"]),
     ],
     ids=str,
 )
@@ -206,6 +213,10 @@ def test_combinations_that_mean_nothing_are_refused(build, kwargs, words):
         {"loss_type": ["rdro", "robust"], "label_smoothing": 0.1},
         # where beta only scales the logged rewards
         {"loss_type": "rdro", "beta": 0.0},
+        {"loss_type": ["rdro", "sft"], "beta": 0.0},
+        {"loss_type": ["rdro", "sft"], "loss_weights": [1, 0]},
+        {"loss_type": "ddro", "ddro_cap": 0.5, "ddro_t": 0.4},
+        {"loss_type": "rdro", "ddro_cap": 0.5},
         # fields of losses that are not in use do no harm
         {"loss_type": "sigmoid", "rdro_alpha": 0.3, "ddro_t": 0.3, "kldpo_tau": 0.1, "wdpo_rho": 0.1},
     ],

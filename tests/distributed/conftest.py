@@ -2,9 +2,7 @@
 
 import json
 import os
-import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,19 +15,10 @@ from filelock import FileLock
 
 from trl_rdro.losses.types import LOSS_TYPES
 
+from .. import processes
 from ..tiny import save_tiny, tiny_preferences, tiny_qwen2, with_columns
+from . import worker
 from .matrix import ENGINES, STEP_SIZE, STEPS, Cell, cells_of
-
-
-WORKER = Path(__file__).with_name("worker.py")
-TIMEOUT = 900
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def write_inputs(folder: Path) -> None:
@@ -53,34 +42,41 @@ def write_inputs(folder: Path) -> None:
         Dataset.from_list(examples).to_json(folder / f"{name}.jsonl")
 
 
-def run_worker(launchers: list[list[str]], engine: str, cells: list[Cell], inputs: Path, output: Path) -> None:
-    """Run `cells` in one launch of `engine`, which has one command per node."""
-    output.mkdir()
-    (output / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
-    # Data sets cached by another launch would hide what this one computes beforehand
-    environment = {**os.environ, **ENVIRONMENT, "HF_DATASETS_CACHE": str(output / "cache")}
+def run_cells(engine: str, cells: list[Cell], inputs: Path, output: Path) -> None:
+    """Run `cells` in one start of `engine`."""
+    write_cells(cells, output)
+    processes.run(worker.main, engine, str(inputs), str(output), log=output / "log", processes=ENGINES[engine])
+    require_done(engine, output)
+
+
+def run_on_nodes(launchers: list[list[str]], engine: str, cells: list[Cell], inputs: Path, output: Path) -> None:
+    """Run `cells` in one launch of `engine` by commands, one for each node."""
+    write_cells(cells, output)
+    environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
     nodes = []
-    for i, launcher in enumerate(launchers):
-        with open(output / f"node{i}.log", "w") as log:
-            command = [*launcher, str(WORKER), engine, str(inputs), str(output)]
+    with open(output / "log", "a") as log:
+        for launcher in launchers:
+            command = [*launcher, worker.__file__, engine, str(inputs), str(output)]
             nodes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
     try:
         for node in nodes:
-            node.wait(TIMEOUT)
+            node.wait(processes.TIMEOUT)
     finally:
         for node in nodes:
             node.kill()
+    require_done(engine, output)
+
+
+def write_cells(cells: list[Cell], output: Path) -> None:
+    output.mkdir()
+    (output / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
+
+
+def require_done(engine: str, output: Path) -> None:
     done = len(list(output.glob("done.*")))
     if done != ENGINES[engine]:
-        log = "\n".join((output / f"node{i}.log").read_text()[-3000:] for i in range(len(nodes)))
+        log = (output / "log").read_text()[-6000:]
         raise RuntimeError(f"{done} of {ENGINES[engine]} processes of {engine} came to their end:\n{log}")
-
-
-def launcher(engine: str) -> list[str]:
-    if ENGINES[engine] == 1:
-        return [sys.executable]
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    return [*torchrun, "--nproc_per_node", str(ENGINES[engine]), "--master_port", str(free_port())]
 
 
 class Launches:
@@ -109,9 +105,7 @@ class Launches:
 
     def result(self, engine: str, cell: Cell) -> dict[str, Any]:
         inputs = self.inputs()
-        folder = self.once(
-            engine, lambda output: run_worker([launcher(engine)], engine, cells_of(engine), inputs, output)
-        )
+        folder = self.once(engine, lambda output: run_cells(engine, cells_of(engine), inputs, output))
         return read_result(folder, cell)
 
 

@@ -1,32 +1,39 @@
 """The cells of the engine matrix, and how two runs of a cell are compared.
 
-A cell is one short training run. `worker.py` runs it on an engine and in one process without any, `test_engines.py`
-compares the two, and `docs/compatibility.md` is written from these lists.
+A cell is one short training run. `worker.py` runs it on an engine and in one process without any, and
+`test_engines.py` compares the two. `scripts/docs.py` writes `docs/compatibility.md` from the names of the tests that
+pytest collects here and from `engines.json`.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..loss_cases import LOSS_CASES
+from trl_rdro.losses.types import LOSS_TYPES, of_family
+
+from ..loss_cases import ENGINE_LOSSES, LOSS_CASES
 
 
 STEPS = 3
 STEP_SIZE = 8  # samples of an optimiser step: pairs, or unpaired completions
 
+_DATA = json.loads(Path(__file__).with_name("engines.json").read_text())
 # The number of processes of each engine; "single" is the baseline
-ENGINES = {"single": 1, "ddp": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
+ENGINES: dict[str, int] = _DATA["processes"]
+# The largest relative difference to the single-process run. In bf16 that run is itself up to 0.04 from fp32. With bf16
+# adapters and plain SGD most of an update is lost in rounding, but not the same part with ZeRO's fp32 copies: their
+# size says little, and has no limit.
+TOLERANCES: dict[str, dict[str, float]] = _DATA["tolerances"]
 
+COUPLED = {"_".join([name, *case.coupled.values()]): (name, case) for name, case in LOSS_CASES.items() if case.coupled}
 LOSSES: dict[str, dict[str, Any]] = {
-    "ddro": {"loss_type": "ddro"},
-    "rdro": {"loss_type": "rdro"},
-    "kldpo": {"loss_type": "kldpo", "kldpo_tau": 0.05},
-    "wdpo": {"loss_type": "wdpo", "wdpo_rho": 0.1},
-    "wdpo_rms": {"loss_type": "wdpo", "wdpo_rho": 0.1, "wdpo_penalty": "rms"},
+    **{name: {"loss_type": name, **LOSS_CASES[name].settings} for name in ENGINE_LOSSES},
+    **{key: {"loss_type": name, **case.settings, **case.coupled} for key, (name, case) in COUPLED.items()},
     "rdro+sft": {"loss_type": ["rdro", "sft"], "loss_weights": [1.0, 0.2]},
-    "ddro_unpaired": {"loss_type": "ddro"},
-    "rdro_unpaired": {"loss_type": "rdro"},
+    **{f"{name}_unpaired": {"loss_type": name} for name in of_family("density_ratio")},
 }
 
 
@@ -75,7 +82,8 @@ class Cell:
 
 
 def _accumulation(loss: str) -> int:
-    return 2 if loss == "kldpo" else 1
+    """Two micro-batches where the pairs of a step are weighed against one another."""
+    return 2 if loss in LOSS_TYPES and LOSS_TYPES[loss].temperature is not None else 1
 
 
 MATRIX = [
@@ -105,25 +113,14 @@ def split_cells(world: int) -> list[Cell]:
         Cell(loss, micro_batch=micro_batch, accumulation=accumulation, steps=1)
         for loss in (*LOSSES, *OVER_A_STEP)
         for micro_batch, accumulation in SPLITS[world]
-        # The root of `rms` spans a micro-step, and TRL's `sft` divides by the tokens of a micro-batch
-        if loss != "rdro+sft" and (loss != "wdpo_rms" or accumulation == 1)
+        # wdpo's root spans a micro-step, and TRL's `sft` divides by the tokens of a micro-batch
+        if loss != "rdro+sft" and (loss not in COUPLED or accumulation == 1)
     ]
 
 
 def cells_of(engine: str) -> list[Cell]:
     """All that one launch of `engine` runs."""
     return (split_cells(ENGINES[engine]) if engine in SPLIT_ENGINES else []) + CELLS
-
-
-# The largest relative difference to the single-process run. In bf16 that run is itself up to 0.04 from fp32.
-TOLERANCES = {
-    "fp32": {"loss": 1e-4, "grad_norm": 1e-4, "update": 1e-4},
-    "bf16": {"loss": 1e-2, "grad_norm": 5e-2, "update": 3e-2},
-    # With bf16 adapters and plain SGD most of an update is lost in rounding, but not the same part with ZeRO's fp32
-    # copies: their size says little
-    "bf16 adapters": {"loss": 1e-2, "grad_norm": 5e-2},
-    "split": {"loss": 1e-5, "grad_norm": 1e-5, "update": 1e-5},
-}
 
 
 def tolerances(cell: Cell) -> dict[str, float]:

@@ -27,6 +27,10 @@ def test_equals_single_process(launches, engine, cell):
     require_equal(launches.result(engine, cell), launches.result("single", cell), cell)
 
 
+def test_a_cell_is_known_by_its_name():
+    assert len({cell.name for cell in CELLS}) == len(CELLS)
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_cell_trains(launches, cell):
     """What the others are compared with is a run that moves, and whose steps differ."""
@@ -46,8 +50,8 @@ def test_cell_trains(launches, cell):
     ],
 )
 def test_split_invariance(launches, engine, cell):
-    """One step of the same eight samples, cut into ranks and micro-batches. For `wdpo_rms` only where the micro-step
-    is the whole batch, because its root spans the ranks of a micro-step and not accumulation."""
+    """One step of the same eight samples, cut into ranks and micro-batches. A loss that couples a micro-step
+    (`wdpo_rms`: the root spans its ranks) only where that is the whole batch."""
     whole = Cell(cell.loss, micro_batch=8, steps=1)
     require_equal(launches.result(engine, cell), launches.result("single", whole), cell)
 

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from .conftest import free_port, read_result, run_worker
+from ..helpers import free_port
+from .conftest import read_result, run_on_nodes
 from .matrix import MATRIX
 from .test_engines import require_equal
 
@@ -33,7 +34,7 @@ def two_nodes(request, launches):
     inputs = launches.inputs()
     return launches.once(
         f"{engine}_two_nodes",
-        lambda output: run_worker([node(engine, rank, port) for rank in (0, 1)], engine, CELLS, inputs, output),
+        lambda output: run_on_nodes([node(engine, rank, port) for rank in (0, 1)], engine, CELLS, inputs, output),
     )
 
 

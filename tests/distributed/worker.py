@@ -1,8 +1,9 @@
 """
 Trains the cells it is given, one after another, and writes what came of each.
 
-    python tests/distributed/worker.py ENGINE INPUTS OUTPUT
-    torchrun --nproc_per_node 2 tests/distributed/worker.py ENGINE INPUTS OUTPUT
+    accelerate launch ... tests/distributed/worker.py ENGINE INPUTS OUTPUT
+
+`main` does it in a process that the tests have started.
 
 An engine is a state of the whole process, and starting it takes longer than training a cell, so one launch runs all
 the cells in OUTPUT/cells.json. OUTPUT gets one `<cell>.pt` for each, with losses, gradient norms and the trainable
@@ -111,7 +112,9 @@ def build_trainer(cell: Cell, engine: str, inputs: Path, output: Path) -> DPOTra
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
         )
-    data = load_dataset("json", data_files=str(inputs / f"{cell.data}.jsonl"))["train"]
+    rows = str(inputs / f"{cell.data}.jsonl")
+    # Data sets cached by another launch would hide what this one computes beforehand
+    data = load_dataset("json", data_files=rows, split="train", cache_dir=str(output / "cache"))
     if cell.steps == 1:
         data = data.select(range(STEP_SIZE))
     trainer_class = KTOTrainer if cell.unpaired else DPOTrainer
@@ -177,24 +180,24 @@ def run(cell: Cell, engine: str, inputs: Path, output: Path) -> None:
         torch.save({**result, "before": before, "after": after, "logs": logs}, output / f"{cell.name}.pt")
 
 
-def main() -> None:
-    engine, inputs, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    for fields in json.loads((output / "cells.json").read_text()):
-        cell = Cell(**fields)
-        try:
-            run(cell, engine, inputs, output)
-        except Exception:
-            (output / f"{cell.name}.rank{RANK}.err").write_text(traceback.format_exc())
-        gc.freeze()  # `Trainer.train` collects garbage, and would look again at everything imported on the way
-    (output / f"done.{RANK}").touch()
-
-
-if __name__ == "__main__":
+def main(engine: str, inputs: str, output: str) -> None:
+    folder = Path(output)
     try:
-        main()
+        for fields in json.loads((folder / "cells.json").read_text()):
+            cell = Cell(**fields)
+            try:
+                run(cell, engine, Path(inputs), folder)
+            except Exception:
+                (folder / f"{cell.name}.rank{RANK}.err").write_text(traceback.format_exc())
+            gc.freeze()  # `Trainer.train` collects garbage, and would look again at everything imported on the way
+        (folder / f"done.{RANK}").touch()
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # taking down process groups aborts now and then
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

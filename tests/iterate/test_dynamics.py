@@ -25,10 +25,7 @@ from trl_rdro.iterate.dynamics import (
     trajectory,
 )
 
-from ..cli.test_train import refusal
-
-
-PNG = b"\x89PNG\r\n\x1a\n"
+from ..helpers import is_png, refusal
 
 
 def random_preferences(rng, n, answers):
@@ -229,7 +226,7 @@ def test_command_end_to_end(tmp_path, capsys):
     np.testing.assert_allclose(result["policies"], expected, atol=1e-12)
     np.testing.assert_allclose(result["entropies"], entropy(expected), atol=1e-12)
     assert result["settled_after"] is None and "not within" in printed
-    assert plot.read_bytes().startswith(PNG) and str(plot) in printed
+    assert is_png(plot) and str(plot) in printed
 
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
@@ -282,10 +279,12 @@ CYCLE = ["--cycle", "0.3"]
         (["--preferences", "rewards.json"], ["between 0 and 1"]),
         (["--preferences", "unequal.json"], ["P[0][1] = 0.7", "P[1][0] = 0.4"]),
         ([*CYCLE, "--a", "1.5"], ["--a", "between 0 and 1", "1.5"]),
-        ([*CYCLE, "--b", "-1"], ["--b", "at least 0"]),
+        ([*CYCLE, "--b", "-1"], ["--b", "between 0 and 1e+06", "-1"]),
         ([*CYCLE, "--b", "inf"], ["--b", "finite"]),
         ([*CYCLE, "--lam", "nan"], ["--lam"]),
-        ([*CYCLE, "--rounds", "0"], ["--rounds", "at least 1"]),
+        ([*CYCLE, "--rounds", "0"], ["--rounds", "between 1 and 100000", "0"]),
+        ([*CYCLE, "--rounds", "100000000"], ["--rounds", "between 1 and 100000"]),
+        ([*CYCLE, "--b", "1e300"], ["--b", "1e+300"]),
         ([*CYCLE, "--reference", "1", "1"], ["--reference", "2 weights for 3 answers"]),
         ([*CYCLE, "--reference", "1", "1", "0"], ["--reference", "above 0"]),
         ([*CYCLE, "--output", "nowhere/out.json"], ["no directory nowhere"]),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trl_rdro import DPOConfig, KTOConfig
-from trl_rdro.iterate import stability
+from trl_rdro.iterate import margins, stability
 from trl_rdro.iterate.config import IterateConfig
 from trl_rdro.iterate.judges import (
     LabelledPairs,
@@ -52,10 +52,10 @@ def config(**changes) -> IterateConfig:
         ({"top_k": -1}, "`top_k` must be a whole number >= 0"),
         ({"prompts_per_round": 0}, "`prompts_per_round` must be a whole number >= 1"),
         ({"keep_rounds": 0}, "`keep_rounds` must be a whole number >= 1"),
-        ({"reference_mix": 1.1}, "`reference_mix` must be a number in [0, 1], got 1.1"),
+        ({"reference_mix": 1.1}, "`reference_mix` must be a number in [0, 1] or None, got 1.1"),
         ({"sampling_mix": -0.1}, "`sampling_mix` must be a number in [0, 1], got -0.1"),
-        ({"temperature": 0}, "`temperature` must be a positive number"),
-        ({"top_p": 0}, "`top_p` must be a number in (0, 1]"),
+        ({"temperature": 0}, "`temperature` must be a number in [1e-6, 1e6], got 0"),
+        ({"top_p": 0}, "`top_p` must be a number in [1e-6, 1], got 0"),
         ({"entropy_floor": 1}, "`entropy_floor` must be a number in [0, 1)"),
         ({"reward_gap": 1.0}, "has no effect with `pair_selection='best_vs_worst'`"),
         ({"pair_selection": "rejection", "reward_gap": -1}, "`reward_gap` must be a number >= 0"),
@@ -370,10 +370,10 @@ def test_no_judge_has_a_larger_norm_than_a_strict_order():
     rng = np.random.default_rng(0)
     for size in (2, 3, 6):
         order = 0.5 + 0.5 * np.sign(np.subtract.outer(np.arange(size), np.arange(size)))
-        assert stability.preference_norm(order) == pytest.approx(stability.largest_norm(size))
+        assert margins.preference_norm(order) == pytest.approx(margins.largest_norm(size))
         for _ in range(100):
             skew = np.triu(rng.choice([-0.5, 0.5], (size, size)), 1)
-            assert stability.preference_norm(0.5 + skew - skew.T) <= stability.largest_norm(size) + 1e-12
+            assert margins.preference_norm(0.5 + skew - skew.T) <= margins.largest_norm(size) + 1e-12
 
 
 def test_positive_margin_contracts():
@@ -385,9 +385,9 @@ def test_positive_margin_contracts():
         skew = np.triu(rng.uniform(-0.5, 0.5, (4, 4)), 1)
         preferences, base = 0.5 + skew - skew.T, rng.dirichlet(np.ones(4))
         a, lam = rng.uniform(0, 0.9), rng.uniform(0.1, 1)
-        norm = stability.preference_norm(preferences)
+        norm = margins.preference_norm(preferences)
         b = 0.9 * (1 - a) * 2 / (lam * norm)
-        assert stability.stability_margin(a, b, lam, norm) == pytest.approx(0.1 * (1 - a))
+        assert margins.stability_margin(a, b, lam, norm) == pytest.approx(0.1 * (1 - a))
         first, second = rng.dirichlet(np.ones(4), 2)
         for _ in range(300):
             first, second = (exact_step(policy, base, preferences, a, lam, b) for policy in (first, second))

@@ -1,22 +1,16 @@
 """A loop that is killed in any phase ends with the same adapter; two processes make the same data as one."""
 
 import filecmp
-import multiprocessing
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from ..distributed.conftest import free_port
-from ..tiny import save_tiny
-from . import worker as iterate_worker
+from .. import processes
+from . import worker
 
 
-ROOT = Path(__file__).parents[2]
 DATA = ("samples.jsonl", "judged.jsonl", "train.jsonl", "monitor.jsonl", "probe.json", "report.json")
 MOMENTS = {
     "sampling": "round_001/samples.jsonl.chunks/draw-policy-00001.json",
@@ -32,35 +26,20 @@ MOMENTS = {
 }
 
 
-def run_in_process(*args: str) -> int:
-    # A server that has imported everything forks the processes: each would spend ten seconds on that
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([iterate_worker.__name__])
-    process = context.Process(target=iterate_worker.run, args=args)
-    process.start()
-    process.join(120)
-    return process.exitcode
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(model, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("uninterrupted")
-    assert run_in_process(model, str(output)) == 0
+    output, log = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("log") / "log"
+    assert processes.run(worker.run, model, str(output), log=log) == [0], log.read_text()[-3000:]
     return output
 
 
 @pytest.mark.slow
 def test_killed_in_every_phase_ends_with_the_same_adapter(model, uninterrupted, tmp_path):
-    output = tmp_path / "killed"
+    output, log = tmp_path / "killed", tmp_path / "log"
     for phase, moment in MOMENTS.items():
-        assert run_in_process(model, str(output), moment) == -signal.SIGKILL, phase
+        assert processes.run(worker.run, model, str(output), moment, log=log) == [-signal.SIGKILL], phase
     assert not (output / "final").exists()
-    assert run_in_process(model, str(output)) == 0
+    assert processes.run(worker.run, model, str(output), log=log) == [0], log.read_text()[-3000:]
     for name in ("final/adapter_model.safetensors", *(f"round_{i:03d}/{name}" for i in range(2) for name in DATA)):
         assert filecmp.cmp(uninterrupted / name, output / name, shallow=False), name
     left = [
@@ -77,19 +56,8 @@ def test_two_processes_make_the_same_data(model, uninterrupted, tmp_path):
     """From the same policies: what two processes train differs by the rounding of the averaged gradients."""
     output = tmp_path / "two"
     shutil.copytree(uninterrupted / "round_000" / "model", output / "round_000" / "model")
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    command = [*torchrun, "-m", "tests.iterate.worker", model, str(output)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert (output / "world_size").is_file(), result.stderr[-3000:]
+    log = tmp_path / "log"
+    assert processes.run(worker.run_in_a_world, model, str(output), log=log, processes=2) == [0, 0], log.read_text()
     assert (output / "world_size").read_text() == "2"
     same = ["base.jsonl", *(f"round_000/{name}" for name in DATA), *(f"round_001/{name}" for name in DATA[:3])]
     for name in same:

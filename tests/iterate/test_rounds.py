@@ -4,8 +4,6 @@ import gc
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,16 +19,9 @@ from trl_rdro.iterate.policies import Policies
 from trl_rdro.iterate.references import geometric, linear
 from trl_rdro.iterate.rewards import positivity
 
+from ..helpers import ROOT, is_png, run_process
 from ..tiny import cpu_args, save_tiny, tiny_preferences
 from .worker import make_loop, vowels
-
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -153,7 +144,7 @@ def test_report_is_what_the_samples_say(two_rounds):
     norms = [np.linalg.norm(np.array(row["preferences"]) - 0.5, 2) for row in verdicts]
     assert last["preference_norm"]["largest"] == pytest.approx(max(norms))
     assert last["margin"] == pytest.approx(1 - (1.0 + 4 * 0.5 / 2 * max(norms)))
-    assert (two_rounds / "iterate.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(two_rounds / "iterate.png")
 
 
 def test_a_run_is_continued_with_more_rounds_and_no_other_change(model, two_rounds, tmp_path):
@@ -343,8 +334,7 @@ def test_yaml_file_runs_the_loop(way, config, tmp_path):
     script = ["-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "scripts" / "iterate.py")]
     command = [sys.executable, *(["-m", "trl_rdro.cli", "iterate"] if way == "command" else script)]
     argv = ["--config", config(beta=None), "--seed", "3", *(["--num_processes", "1"] if way == "command" else [])]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, cwd=ROOT)
+    result = run_process([*command, *argv])
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"model of round 1 in {tmp_path / 'out'}/final" in result.stdout
     assert weights(tmp_path / "out")
@@ -414,4 +404,4 @@ def test_data_without_prompts_are_refused(config, tmp_path, capsys):
     path = config()
     (tmp_path / "prompts.jsonl").write_text('{"question": "why?"}\n')
     assert iterate.run(["--config", path]) == 2
-    assert "has no column prompt, only: question" in capsys.readouterr().err
+    assert "lacks the column prompt of a data set of prompts; it has question" in capsys.readouterr().err

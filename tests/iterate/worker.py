@@ -1,20 +1,10 @@
-"""
-A loop of two rounds with a tiny model, which can be made to die by SIGKILL at a given point.
-
-    torchrun --nproc_per_node 2 -m tests.iterate.worker MODEL OUTPUT_DIR
-
-`run` does the same in a process of its own.
-"""
+"""A loop of two rounds with a tiny model, which can be made to die by SIGKILL at a given point."""
 
 import os
 import signal
 import sys
 from pathlib import Path
 
-from .. import conftest  # noqa: F401  (before torch: threads, no hub)
-
-
-# isort: split
 from transformers import Trainer
 from trl import ModelConfig
 
@@ -96,11 +86,12 @@ def run(model: str, output_dir: str, moment: str | None = None) -> None:
     make_loop(model, output_dir, save_strategy="steps", save_steps=2).run()
 
 
-if __name__ == "__main__":
-    loop = make_loop(*sys.argv[1:3], per_device_train_batch_size=2)
+def run_in_a_world(model: str, output_dir: str) -> None:
+    """The same as one of several processes."""
+    loop = make_loop(model, output_dir, per_device_train_batch_size=2)
     loop.run()
     if loop.state.is_main_process:
-        Path(sys.argv[2], "world_size").write_text(str(loop.state.num_processes))
+        Path(output_dir, "world_size").write_text(str(loop.state.num_processes))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # gloo now and then aborts while it is taken down

@@ -4,7 +4,7 @@ Every recipe, as it is, through the real command line.
 First strictly parsed, with the accelerate config that its header names. Then two steps with a tiny model of the same
 architecture and a file of the same columns: in this process for the recipes of one GPU, and under `trl-rdro` with two
 processes for the others. The loss of the first step must be the method's constant for policy = reference. What is
-changed for that is in the three lists of `recipe_worker.py`, each with its reason, and nowhere else.
+changed for that is in the three lists of `worker.py`, each with its reason, and nowhere else.
 """
 
 import json
@@ -20,16 +20,16 @@ import yaml
 from datasets import Dataset
 from filelock import FileLock
 
-from scripts.recipe_table import RECIPES, memory_line, read_header, table
 from trl_rdro.cli import launch, main, train
+from trl_rdro.tools.recipes import read_header
 
-from ..distributed.conftest import free_port
+from ..helpers import ROOT, free_port, run_process
+from ..loss_cases import LOSS_CASES
 from ..tiny import save_tiny, tiny_preferences
 from .worker import LAUNCH_OVERRIDES, OVERRIDES, run
 
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "tests" / "fixtures" / "model_configs"
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
 NAMES = [str(path.relative_to(ROOT / "recipes").with_suffix("")) for path in RECIPES]
 
 
@@ -223,10 +223,10 @@ def check(name: str, result: dict, world_size: int) -> None:
     first, second = [step for step in result["log"] if "loss" in step][:2]
     loss = settings["loss_type"]
     if header["method"] == "dpo":
-        expected = {"rdro": 2 * math.log(2), "kldpo": math.log(2), "wdpo": math.log(2)}[loss]
-        if loss == "wdpo":
-            assert first["wdpo/penalty"] > 0
-            expected += first["wdpo/penalty"]
+        expected = LOSS_CASES[loss].constant
+        if "penalty" in LOSS_CASES[loss].metrics:
+            assert first[f"{loss}/penalty"] > 0
+            expected += first[f"{loss}/penalty"]
     else:
         # Each class has its constant, and counts by its weight: 2 log 2 at the proportions of the training set
         rows = completions(256)
@@ -324,22 +324,7 @@ def test_recipe_trains_through_the_command_itself(stand_ins, tmp_path):
     path, header, _ = recipe(name)
     argv = training_argv(path, output=str(tmp_path / "out"), **stand_ins(name))
     command = [sys.executable, "-m", "trl_rdro.cli", header["method"], *argv, *launch_argv(header)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    result = run_process(command)
     assert (tmp_path / "out" / "model.safetensors").is_file(), result.stderr[-3000:]
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["log_history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-
-
-# Figures
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_memory_of_the_header_is_what_estimate_says(name):
-    path, header, settings = recipe(name)
-    assert header["memory"] == memory_line(path, CONFIGS)
-
-
-def test_table_of_the_readme_is_up_to_date():
-    readme = (ROOT / "README.md").read_text()
-    assert f"<!-- recipes -->\n{table()}<!-- /recipes -->" in readme, "run: python scripts/recipe_table.py"

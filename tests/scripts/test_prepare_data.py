@@ -5,18 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prepare_best_vs_worst
+import prepare_ratings
 import pytest
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from ..tiny import tiny_tokenizer
-
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture(autouse=True)
-def scripts_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+from .conftest import SCRIPTS
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -55,8 +50,6 @@ def helpsteer2(n: int) -> list[dict]:
 
 
 def test_ratings_become_labels(tmp_path):
-    import prepare_ratings
-
     source = write(tmp_path / "uf.jsonl", ultrafeedback(40))
     assert prepare_ratings.main([source, str(tmp_path / "out.jsonl")]) == 0
     rows = read(tmp_path / "out.jsonl")
@@ -69,8 +62,6 @@ def test_ratings_become_labels(tmp_path):
 
 
 def test_ratings_in_columns(tmp_path):
-    import prepare_ratings
-
     source = write(tmp_path / "hs.jsonl", helpsteer2(3))
     arguments = ["--score_column", "helpfulness", "--threshold", "4"]
     prepare_ratings.main([source, str(tmp_path / "out.jsonl"), *arguments])
@@ -80,8 +71,6 @@ def test_ratings_in_columns(tmp_path):
 
 
 def test_best_versus_worst_by_score(tmp_path):
-    import prepare_best_vs_worst
-
     source = write(tmp_path / "hs.jsonl", helpsteer2(10))
     prepare_best_vs_worst.main([source, str(tmp_path / "out.jsonl"), "--score_column", "helpfulness"])
     rows = read(tmp_path / "out.jsonl")
@@ -90,8 +79,6 @@ def test_best_versus_worst_by_score(tmp_path):
 
 
 def test_lists_of_responses(tmp_path):
-    import prepare_best_vs_worst
-
     rows = [
         {"prompt": "q", "response": ["a", "b", "c"], "score": [2, 3, 1]},
         {"prompt": "p", "response": ["a"], "score": [1]},
@@ -123,8 +110,6 @@ def reward_model(tmp_path_factory) -> str:
 
 
 def test_best_versus_worst_by_reward_model(tmp_path, reward_model):
-    import prepare_best_vs_worst
-
     source = write(tmp_path / "hs.jsonl", helpsteer2(9))
     outputs = []
     for batch_size in ("1", "4"):

@@ -3,10 +3,11 @@
 import csv
 import json
 import random
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import study
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,21 +19,10 @@ RESULTS = ROOT / "docs" / "results" / "studies"
 NAMES = ["consistency", "stability", "reward_shift", "people_shift", "label_noise", "displacement"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def studies_on_path():
-    sys.path.insert(0, str(ROOT / "scripts" / "studies"))
-    yield
-    sys.path.remove(str(ROOT / "scripts" / "studies"))
-
-
-def load(name):
-    return __import__(name)
-
-
 def run(name, folder, *options):
     """The finished cells of a study at size ci."""
-    module = load(name)
-    rows = load("study").main(module.STUDY, ["--size", "ci", "--output_dir", str(folder), *options])
+    module = import_module(name)
+    rows = study.main(module.STUDY, ["--size", "ci", "--output_dir", str(folder), *options])
     with open(folder / "cells.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     summary = json.loads((folder / "summary.json").read_text())
@@ -52,7 +42,7 @@ def test_consistency_rdro_reaches_p_plus_and_dpo_does_not(tmp_path):
 
 
 def test_the_limit_of_a_pairwise_loss_is_that_of_its_beta():
-    consistency = load("consistency")
+    consistency = import_module("consistency")
     limits = {beta: consistency.limit({"loss_type": "sigmoid", "beta": beta}) for beta in (0.1, 2.0, 3.0, 4.0)}
     # The beta that the study gives dpo is near the best one, and there DPO still stops short of p+
     assert 0.003 < limits[3.0] < min(limits[2.0], limits[4.0]) < limits[0.1]
@@ -80,7 +70,7 @@ def test_people_shift_and_resuming(tmp_path, monkeypatch):
     lines = record.read_text().splitlines(keepends=True)
     record.write_text(lines[0] + lines[1][:20])
     calls = []
-    study, module = load("study"), load("people_shift")
+    module = import_module("people_shift")
 
     def counted(cell, folder):
         calls.append(cell["method"])
@@ -110,7 +100,7 @@ def test_label_noise_flips_labels(tmp_path):
 
 
 def test_a_wrong_label_is_one_that_the_mean_contradicts():
-    is_wrong = load("label_noise").is_wrong
+    is_wrong = import_module("label_noise").is_wrong
     rng = random.Random(0)
     agreed = {"chosen_ratings": [2, 3], "rejected_ratings": [-1, 0]}
     split = {"chosen_ratings": [2, -2], "rejected_ratings": [0]}
@@ -133,7 +123,7 @@ def test_reward_shift_measures_every_mixture(tmp_path):
 
 
 def test_reward_shift_mixes_two_rewards_that_differ():
-    module, ratings = load("reward_shift"), load("ratings")
+    module, ratings = import_module("reward_shift"), import_module("ratings")
     pairs = module.random_pairs(module.texts_with_rewards(ratings.quickstart_pairs()), random.Random(0))
     assert {pair["split"] for pair in pairs} == {"train", "test"}
     assert all("positive" not in pair["prompt"] for pair in pairs)
@@ -143,7 +133,7 @@ def test_reward_shift_mixes_two_rewards_that_differ():
 
 
 def test_rated_pairs_use_each_text_once_and_prefer_the_higher_mean():
-    rated_pairs, quickstart = load("rated_pairs"), load("build_quickstart_data")
+    rated_pairs, quickstart = import_module("rated_pairs"), import_module("build_quickstart_data")
     rng = random.Random(0)
     texts = {
         domain.name: [
@@ -161,10 +151,10 @@ def test_rated_pairs_use_each_text_once_and_prefer_the_higher_mean():
 
 @pytest.mark.parametrize("size", ["small", "full"])
 def test_the_sizes_that_tests_do_not_run_have_cells_and_enough_pairs(size):
-    assert all(load(name).cells(size) for name in NAMES)
-    ratings, people_shift = load("ratings"), load("people_shift")
+    assert all(import_module(name).cells(size) for name in NAMES)
+    ratings, people_shift = import_module("ratings"), import_module("people_shift")
     pool = [pair for pair in ratings.quickstart_pairs() if pair["split"] == "train"]
-    for shares in (people_shift.SHARES, load("displacement").SHARES):
+    for shares in (people_shift.SHARES, import_module("displacement").SHARES):
         drawn = ratings.draw_pairs(pool, shares, ratings.SIZES[size], seed=0)
         assert len({pair["chosen"] for pair in drawn}) == ratings.SIZES[size].train_pairs
 
@@ -172,7 +162,7 @@ def test_the_sizes_that_tests_do_not_run_have_cells_and_enough_pairs(size):
 def test_a_cut_vocabulary_splits_texts_alike_and_only_shares_out_the_rest(tmp_path):
     directory = save_tiny(tmp_path, kind="llama")
     texts = ["the film was good", " a song: it felt warm"]
-    target = load("vocabulary").cut_vocabulary(directory, texts, tmp_path / "cut")
+    target = import_module("vocabulary").cut_vocabulary(directory, texts, tmp_path / "cut")
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (directory, target)]
     tokenizers = [AutoTokenizer.from_pretrained(path) for path in (directory, target)]
     assert models[1].config.vocab_size == len(tokenizers[1]) < len(tokenizers[0])
@@ -190,7 +180,6 @@ def test_a_cut_vocabulary_splits_texts_alike_and_only_shares_out_the_rest(tmp_pa
 
 def test_the_document_shows_the_committed_results():
     text = (ROOT / "docs" / "studies.md").read_text()
-    assert load("document").with_results(text) == text, "run scripts/studies/document.py"
     for name in NAMES:
         assert f"](results/studies/{name}/figure.png)" in text
         assert (RESULTS / name / "cells.csv").exists()

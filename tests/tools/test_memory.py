@@ -20,10 +20,10 @@ from transformers import AutoConfig
 
 from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl_rdro.cli import main
-from trl_rdro.tools.memory import GIB, Run, estimate, knobs, read_shape, savings
+from trl_rdro.tools.memory import GIB, Run, engine_of, estimate, knobs, processes_of, read_shape, savings
+from trl_rdro.tools.profiling import profiled_peak
 
 from ..tiny import cpu_args, save_tiny, tiny_qwen2, tiny_tokenizer
-from .profiling import profiled_peak
 
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "model_configs"
@@ -209,7 +209,7 @@ def test_parameters_are_those_of_the_published_models(name, billions):
 def test_adapters_are_counted_as_peft_makes_them():
     from peft import LoraConfig, get_peft_model
 
-    for targets in ("all-linear", None, ["q_proj", "down_proj"]):
+    for targets in ("all-linear", None, ["q_proj", "down_proj"], r".*\.q_proj", r".*\.1\.mlp\.\w+_proj"):
         model = tiny_qwen2()
         shape = read_shape(model.config, targets, 4)
         peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
@@ -302,3 +302,81 @@ def test_figures_are_plausible(shape_8b):
     assert estimate(shape_8b, alone).total > 100 * GIB
     lora = read_shape(AutoConfig.from_pretrained(CONFIGS / "Llama-3.1-8B-Instruct"), "all-linear", 16)
     assert 24 in estimate(lora, Run(1024, 1, lora=True, bits=4, dtype="bfloat16")).cards()
+
+
+# What a user can get wrong
+
+
+@pytest.fixture(scope="module")
+def tiny_recipe(tmp_path_factory):
+    """Write a recipe for a tiny model, with a header before it."""
+    directory = tmp_path_factory.mktemp("recipe")
+    model = save_tiny(directory)
+
+    def write(header: str = "") -> str:
+        path = directory / "mine.yaml"
+        path.write_text(f"{header}model_name_or_path: {model}\ndataset_name: any\nmax_length: 64\nbf16: false\n")
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("# gpus: many\n", "gpus many: it must be a whole number >= 1"),
+        ("# gpus: 0\n", "gpus 0"),
+        ("# gpus: 1.5\n", "gpus 1.5"),
+        ("# method: grpo\n", "method grpo: it must be dpo, kto or iterate"),
+        ("# method: iterate\n", "a recipe of trl-rdro iterate"),
+        ("# accelerate: zero9\n", "no accelerate config zero9"),
+    ],
+)
+def test_bad_header(tiny_recipe, capsys, header, words):
+    assert main(["estimate", "--config", tiny_recipe("# A recipe\n" + header)]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lora_target_modules", "no_proj"], "no linear layer is called no_proj"),
+        (["--lora_target_modules", "q_proj", "no_proj"], "no linear layer is called no_proj"),
+        (["--lora_target_modules", "q_proj"], r"write '.*\.q_proj'"),
+        (["--lora_target_modules", "("], "no regular expression"),
+        (["--lora_r", "0"], "lora_r"),
+        (["--num_processes", "8"], "give --gpus"),
+        (["--max_length", "none"], "max_length is not set"),
+    ],
+)
+def test_bad_options(tiny_recipe, capsys, argv, words):
+    assert main(["estimate", "--config", tiny_recipe(), "--use_peft", *argv]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\x00", b"[1]", b"{}", b'{"model_type": "vit"}', b'{"model_type": "qwen2", "hidden_size": "x"}'],
+    ids=["binary", "a list", "nothing", "no language model", "text for a number"],
+)
+def test_bad_model_config(tiny_recipe, tmp_path, capsys, content):
+    (tmp_path / "config.json").write_bytes(content)
+    assert main(["estimate", "--config", tiny_recipe(), "--model_name_or_path", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": "many"}}, "zero_stage 'many'"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "x.json"}}, "JSON file"),
+        ({"distributed_type": "FSDP", "fsdp_config": [1]}, "fsdp_config"),
+        ({"distributed_type": "NOPE"}, "NOPE"),
+    ],
+)
+def test_bad_engine(settings, words):
+    with pytest.raises(ValueError, match=words):
+        engine_of(settings, 2)
+    for number in ("two", 0, [2], True):
+        with pytest.raises(ValueError, match="num_processes"):
+            processes_of({"num_processes": number})

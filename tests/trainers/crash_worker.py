@@ -1,8 +1,5 @@
 """A training run of 9 steps, with a checkpoint every 3, that can be made to die by SIGKILL at a given point.
 
-    python -m tests.trainers.crash_worker MODEL OUTPUT_DIR LOSS "step 4" | "writing 6" | ""
-    torchrun --nproc_per_node 2 -m tests.trainers.crash_worker ...
-
 Two processes train with ZeRO-3, and the first of them dies.
 """
 
@@ -10,16 +7,14 @@ import os
 import signal
 import sys
 
-from .. import conftest  # noqa: F401  (before torch: threads, no hub)
-
-
-# isort: split
 import torch
 from transformers import TrainerCallback
 
-from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl_rdro import DPOTrainer, KTOTrainer
 
-from ..tiny import cpu_args, tiny_preferences
+from ..loss_cases import LOSS_CASES
+from ..tiny import tiny_preferences
+from ..training import make_trainer
 
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -53,29 +48,27 @@ class Die(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main():
-    model, output_dir, loss, die_at = sys.argv[1:]
-    unpaired = loss == "unpaired"
-    config_class, trainer_class = (KTOConfig, KTOTrainer) if unpaired else (DPOConfig, DPOTrainer)
-    args = config_class(
-        **cpu_args(
-            output_dir=output_dir,
-            loss_type="ddro" if unpaired else loss,
-            max_steps=9,
-            learning_rate=1e-3,
-            per_device_train_batch_size=4 // WORLD_SIZE,
-            gradient_accumulation_steps=2,
-            save_strategy="steps",
-            save_steps=3,
-            deepspeed=ZERO3 if WORLD_SIZE > 1 else None,
-        )
-    )
+def main(model: str, output_dir: str, loss: str, unpaired: bool, die_at: str) -> None:
+    """Train on pairs or single completions; `die_at` is "step 4", say, or "writing 6", or nothing."""
     if WORLD_SIZE > 1:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # half a minute of compiling otherwise
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    trainer = trainer_class(model, args=args, train_dataset=tiny_preferences(40))
+    trainer = make_trainer(
+        model,
+        output_dir,
+        KTOTrainer if unpaired else DPOTrainer,
+        {"train_dataset": tiny_preferences(40)},
+        loss_type=loss,
+        max_steps=9,
+        per_device_train_batch_size=4 // WORLD_SIZE,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=3,
+        deepspeed=ZERO3 if WORLD_SIZE > 1 else None,
+        **LOSS_CASES[loss].settings,
+    )
     trainer.add_callback(Die(trainer, die_at))
     trainer.train(resume_from_checkpoint=True)
     assert trainer.accelerator.num_processes == WORLD_SIZE
@@ -88,7 +81,3 @@ def main():
         torch.save({name: parameter.detach() for name, parameter in parameters.items()}, f"{output_dir}/final.pt")
     sys.stderr.flush()
     os._exit(0)  # gloo now and then aborts while it is taken down
-
-
-if __name__ == "__main__":
-    main()

@@ -228,7 +228,7 @@ def refused(output_dir, train, evaluation=None):
 
 
 def test_data_without_countable_groups_are_refused(tmp_path):
-    assert "needs the column `group`, which `train_dataset` lacks" in refused(tmp_path, tiny_preferences(4))
+    assert "`train_dataset` lacks the column group" in refused(tmp_path, tiny_preferences(4))
     assert "streaming" in refused(tmp_path, data().to_iterable_dataset())
     strange = tiny_preferences(2).add_column("group", ["ann", "zoe"])
     assert "The group 'zoe' of `eval_dataset['held-out']`" in refused(tmp_path, data(), {"held-out": strange})

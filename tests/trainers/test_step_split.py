@@ -3,90 +3,72 @@
 import pytest
 import torch
 
-from trl_rdro import DPOConfig, DPOTrainer
-
 from ..loss_cases import LOSS_CASES, WEIGHTS
-from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer, with_columns
+from ..tiny import tiny_preferences
+from ..training import SGD, make_trainer, train, two_models
 
 
+# One that weighs the pairs of a step, for what is only about such
+KLDPO = {"loss_type": "kldpo", **LOSS_CASES["kldpo"].settings}
 LOSSES = {
     **{name: {"loss_type": name, **case.settings} for name, case in LOSS_CASES.items()},
     "kldpo_ipo": {"loss_type": "kldpo", "kldpo_tau": 0.5, "inner_loss_type": "ipo"},
-    "kldpo+sigmoid": {"loss_type": ["kldpo", "sigmoid"], "loss_weights": [1.0, 0.3], "kldpo_tau": 0.05},
+    "kldpo+sigmoid": {**KLDPO, "loss_type": ["kldpo", "sigmoid"], "loss_weights": [1.0, 0.3]},
     "kldpo_dpop": {"loss_type": "kldpo", "kldpo_tau": 0.5, "inner_loss_type": "dpop"},
-    "dpo": {"loss_type": "sigmoid"},
+    "wdpo, strong": {"loss_type": "wdpo", "wdpo_rho": 0.5},
 }
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("reference"))
+def flat(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def away_from_reference(policy, args):
-    """A trainer of a policy that is not its reference, on the 8 pairs."""
-    return DPOTrainer(
-        policy,
-        ref_model=tiny_qwen2(seed=0),
-        args=args,
-        train_dataset=with_columns(tiny_preferences(8), args.loss_type),
-        processing_class=tiny_tokenizer(),
-    )
-
-
-def one_step(reference, output_dir, micro_batch, accumulation, **settings):
+def one_step(output_dir, micro_batch, accumulation, **settings):
     """The update of one SGD step from a policy that is not the reference, so that the pairs' losses differ."""
-    policy = tiny_qwen2(seed=1)
-    start = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
-    args = DPOConfig(
-        **cpu_args(
-            output_dir=str(output_dir),
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=accumulation,
-            max_steps=1,
-            optim="sgd",
-            learning_rate=1.0,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            logging_steps=1,
-            **settings,
-        )
+    models = two_models()
+    trainer = make_trainer(
+        models.pop("model"),
+        output_dir,
+        trainer_kwargs={"train_dataset": tiny_preferences(8), **models},
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        **{**SGD, "learning_rate": 1.0, "max_grad_norm": 0.0},
+        **settings,
     )
-    trainer = away_from_reference(policy, args)
+    start = flat(trainer.model)
     trainer.train()
-    return torch.cat([p.detach().flatten() for p in policy.parameters()]) - start, trainer.state.log_history[0]
+    return flat(trainer.model) - start, trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "dpo"])
-def test_split_invariance(reference, tmp_path, name):
-    whole, whole_log = one_step(reference, tmp_path, 8, 1, **LOSSES[name])
+@pytest.mark.parametrize("name", LOSSES)
+def test_split_invariance(tmp_path, name):
+    whole, whole_log = one_step(tmp_path, 8, 1, **LOSSES[name])
     # The last splits 8 pairs into 3 + 3 + 2, where TRL's mean of means would let the last two count for more
     splits = [(4, 2), (2, 4), (1, 8)] + ([] if "+" in name else [(3, 3)])
     for micro_batch, accumulation in splits:
-        split, log = one_step(reference, tmp_path, micro_batch, accumulation, **LOSSES[name])
-        assert (split - whole).norm() < 1e-5 * whole.norm(), (
-            micro_batch,
-            accumulation,
-        )
+        split, log = one_step(tmp_path, micro_batch, accumulation, **LOSSES[name])
+        assert (split - whole).norm() < 1e-5 * whole.norm(), (micro_batch, accumulation)
         assert log["loss"] == pytest.approx(whole_log["loss"], rel=1e-5)
-        for key in whole_log.keys() & {f"{loss}/{metric}" for loss in ("kldpo", "drdpo") for metric in WEIGHTS}:
+        for key in [key for key in whole_log if key.rpartition("/")[2] in WEIGHTS]:
             assert log[key] == pytest.approx(whole_log[key], rel=1e-4)
 
 
-def test_kldpo_at_micro_batch_one_is_not_dpo(reference, tmp_path):
+def test_kldpo_at_micro_batch_one_is_not_dpo(tmp_path):
     """A softmax over each micro-batch would be DPO here."""
-    kldpo, _ = one_step(reference, tmp_path, 1, 8, **LOSSES["kldpo"])
-    dpo, _ = one_step(reference, tmp_path, 1, 8, **LOSSES["dpo"])
+    kldpo, _ = one_step(tmp_path, 1, 8, **KLDPO)
+    dpo, _ = one_step(tmp_path, 1, 8, loss_type="sigmoid")
     assert (kldpo - dpo).norm() > 0.1 * dpo.norm()
 
 
 @pytest.mark.parametrize(("name", "tau"), [("kldpo", 0.05), ("drdpo", -0.05)])
-def test_a_step_against_weights_by_hand(reference, tmp_path, name, tau):
+def test_a_step_against_weights_by_hand(tmp_path, name, tau):
     """The update is minus the softmax-weighted sum of the pairs' DPO gradients, taken one pair at a time."""
-    update, log = one_step(reference, tmp_path, 2, 4, **LOSSES[name])
-    args = DPOConfig(**cpu_args(output_dir=str(tmp_path), per_device_train_batch_size=1))
-    policy = tiny_qwen2(seed=1)
-    trainer = away_from_reference(policy, args)
+    update, log = one_step(tmp_path, 2, 4, **LOSSES[name])
+    models = two_models()
+    policy = models.pop("model")
+    kwargs = {"train_dataset": tiny_preferences(8), **models}
+    trainer = make_trainer(policy, tmp_path, trainer_kwargs=kwargs, per_device_train_batch_size=1)
     losses, gradients = [], []
     for batch in trainer.get_train_dataloader():
         policy.zero_grad()
@@ -105,29 +87,17 @@ def test_a_step_against_weights_by_hand(reference, tmp_path, name, tau):
     assert log[f"{name}/max_weight"] == pytest.approx(weights.max().item(), rel=1e-4)
 
 
-def test_kldpo_refuses_a_micro_batch_without_its_step(reference, tmp_path):
-    args = DPOConfig(
-        **cpu_args(output_dir=str(tmp_path), loss_type="kldpo", gradient_accumulation_steps=2, max_steps=1)
-    )
-    trainer = DPOTrainer(reference, args=args, train_dataset=tiny_preferences(16))
-    trainer.train()
+def test_kldpo_refuses_a_micro_batch_without_its_step(qwen2, tmp_path):
+    trainer = train(qwen2, tmp_path, loss_type="kldpo", gradient_accumulation_steps=2, max_steps=1)
     with pytest.raises(RuntimeError, match="without the weights of the step"):
         trainer.compute_loss(trainer.model.train(), next(iter(trainer.get_train_dataloader())))
 
 
-def test_kldpo_extra_cost_is_one_policy_forward_per_micro_batch(reference, tmp_path):
+def test_kldpo_extra_cost_is_one_policy_forward_per_micro_batch(qwen2, tmp_path):
     """And none for the reference, whose log-probabilities are reused."""
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1}
+    trainer = make_trainer(qwen2, tmp_path, loss_type="kldpo", **settings)
     counts = {"policy": 0, "reference": 0}
-    args = DPOConfig(
-        **cpu_args(
-            output_dir=str(tmp_path),
-            loss_type="kldpo",
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=4,
-            max_steps=1,
-        )
-    )
-    trainer = DPOTrainer(reference, args=args, train_dataset=tiny_preferences(8))
     for name, model in (("policy", trainer.model), ("reference", trainer.ref_model)):
         model.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
     trainer.train()

@@ -16,7 +16,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from trl_rdro import KTOConfig, KTOTrainer
+from trl_rdro.losses.types import of_family
 
+from ..loss_cases import LOSS_CASES
 from ..tiny import cpu_args
 
 
@@ -145,11 +147,12 @@ def train(tmp_path, loss_type: str, n_plus: np.ndarray, n_minus: np.ndarray, **k
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pi", [0.2, 0.39, 0.8])
-@pytest.mark.parametrize(("loss_type", "mixture"), [("rdro", "rdro_alpha"), ("ddro", "ddro_t")])
-def test_converges_to_the_preferred_distribution_and_pooled_classes_do_not(tmp_path, loss_type, mixture, pi):
+@pytest.mark.parametrize("loss_type", of_family("density_ratio"))
+def test_converges_to_the_preferred_distribution_and_pooled_classes_do_not(tmp_path, loss_type, pi):
     n_plus, n_minus = word_counts(pi)
     assert pi * max(n_plus / n_plus.sum() / ((n_plus + n_minus) / SAMPLES)) < 0.98  # below ddro's cap
     weighted = train(tmp_path / "weighted", loss_type, n_plus, n_minus)
     # The same weight for both classes, with the right alpha or t all the same
-    pooled = train(tmp_path / "pooled", loss_type, n_plus, n_minus, preferred_fraction=0.5, **{mixture: pi})
+    option = LOSS_CASES[loss_type].mixture
+    pooled = train(tmp_path / "pooled", loss_type, n_plus, n_minus, preferred_fraction=0.5, **{option: pi})
     assert weighted < BOUND < pooled, (weighted, pooled)

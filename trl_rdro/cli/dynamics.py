@@ -6,7 +6,6 @@ What to consult before choosing a, lam and b of an iterated run. No model is inv
 
 import argparse
 import csv
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -14,21 +13,24 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError, user_error
 from ..iterate import dynamics
-from .errors import UserError, user_error
+from ..tools.yaml_files import read_text
+from .parsing import Parser, require_between, require_directory_of, require_png
 
 
-CLOSE = 0.01  # total variation from the fixed point at which the loop counts as settled
 GRID = 100  # points along each axis of the diagram
+MOST_ROUNDS = 100_000  # a few seconds
+MOST_NUMBERS = 10**7  # rounds times answers
+LARGEST = 1e6  # b and b lam: beyond it a round's logits are noise
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog="trl-rdro dynamics",
         description="Iterate pi_{t+1} = softmax(a log pi_t + (1-a) log pi_0 + b P mu_t), mu_t = lam pi_t + (1-lam) "
         "pi_0, on given preferences P: rounds of sampling, judging and training with IPO, seen as a whole. Prints "
         "whether the loop settles, oscillates or collapses to one answer, its fixed point, and its stability margin.",
-        allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -70,8 +72,8 @@ def read_preferences(name: str) -> Any:
     path = Path(name)
     if path.suffix.lower() not in (".json", ".csv"):
         raise UserError(f"preferences are read from a .json or .csv file, not {name}")
-    with user_error(OSError, ValueError, prefix=f"cannot read {name}: "):
-        text = path.read_text()
+    text = read_text(path)
+    with user_error(ValueError, RecursionError, csv.Error, prefix=f"cannot read {name}: "):
         if path.suffix.lower() == ".json":
             return json.loads(text)
         return [[float(cell) for cell in row] for row in csv.reader(text.splitlines()) if row]
@@ -79,7 +81,7 @@ def read_preferences(name: str) -> Any:
 
 def preferences(args: argparse.Namespace) -> np.ndarray:
     if args.cycle is not None:
-        require("--cycle", args.cycle, 0, 0.5)
+        require_between("--cycle", args.cycle, 0, 0.5)
         return dynamics.cycle(args.cycle)
     if args.rewards is not None:
         if len(args.rewards) < 2 or not np.isfinite(args.rewards).all():
@@ -89,28 +91,17 @@ def preferences(args: argparse.Namespace) -> np.ndarray:
         return dynamics.check_preferences(read_preferences(args.preferences))
 
 
-def require(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most or value == math.inf:
-        between = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise UserError(f"{name} must be {between} and finite, got {value:g}")
-
-
 def check(args: argparse.Namespace) -> None:
-    for name, most in (("a", 1), ("b", math.inf), ("lam", 1)):
-        require(f"--{name}", getattr(args, name), 0, most)
-    require("--rounds", args.rounds, 1, math.inf)
-    for name in ("entropy_floor", "plot_max"):
-        if getattr(args, name) is not None:
-            require(f"--{name}", getattr(args, name), 0, math.inf)
-    for path in filter(None, (args.output, args.plot)):
-        if not Path(path).parent.is_dir():
-            raise UserError(f"cannot write {path}: there is no directory {Path(path).parent}")
+    for name, most in (("a", 1), ("b", LARGEST), ("lam", 1)):
+        require_between(f"--{name}", getattr(args, name), 0, most)
+    require_between("--rounds", args.rounds, 1, MOST_ROUNDS)
+    require_between("--entropy_floor", args.entropy_floor, 0)
+    require_between("--plot_max", args.plot_max, 0, LARGEST)
+    require_directory_of(args.output)
+    require_directory_of(args.plot)
     if args.plot is None:
         return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib: pip install 'trl-rdro[plot]'")
-    if Path(args.plot).suffix.lower() != ".png":
-        raise UserError(f"the plot is a PNG: give --plot a name that ends in .png, not {args.plot}")
+    require_png("--plot", args.plot)
     if args.lam == 0:
         raise UserError("with --lam 0 the diagram over a and b lam has no height: leave --plot out, or raise --lam")
     if args.plot_max == 0 or (args.plot_max is None and args.b == 0):
@@ -124,38 +115,8 @@ def reference_policy(weights: list[float] | None, answers: int) -> np.ndarray:
         raise UserError(f"--reference has {len(weights)} weights for {answers} answers")
     if not all(0 < weight < math.inf for weight in weights):
         raise UserError("--reference needs weights above 0: an answer that pi_0 never gives is never found")
-    return np.array(weights) / sum(weights)
-
-
-def compute(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is printed and written."""
-    P = preferences(args)
-    reference = reference_policy(args.reference, len(P))
-    floor = dynamics.default_entropy_floor(P) if args.entropy_floor is None else args.entropy_floor
-    with user_error(ArithmeticError):
-        point = dynamics.regime(P, args.a, args.b, args.lam, reference, floor)
-    policies = dynamics.softmax(
-        dynamics.trajectory(P, args.a, args.b, args.lam, reference, dynamics.disturbed(reference), args.rounds)
-    )
-    distances = abs(policies - point["fixed_point"]).sum(axis=-1) / 2
-    away = np.flatnonzero(distances > CLOSE)
-    settled = 0 if not len(away) else int(away[-1]) + 1
-    return {
-        "a": args.a,
-        "b": args.b,
-        "lam": args.lam,
-        "preferences": P.tolist(),
-        "reference": reference.tolist(),
-        "regime": dynamics.REGIMES[point["regime"]],
-        "margin": float(point["margin"]),
-        "rate": float(point["rate"]),
-        "fixed_point": point["fixed_point"].tolist(),
-        "entropy": float(point["entropy"]),
-        "entropy_floor": floor,
-        "settled_after": settled if settled <= args.rounds else None,
-        "policies": policies.tolist(),
-        "entropies": dynamics.entropy(policies).tolist(),
-    }
+    shares = np.array(weights) / max(weights)
+    return shares / shares.sum()
 
 
 def report(result: dict[str, Any]) -> str:
@@ -165,7 +126,7 @@ def report(result: dict[str, Any]) -> str:
     turn = (
         "each round brings it closer" if rate < 1 else "each round drives it away" if rate > 1 else "no pull to pi_0"
     )
-    after = result["settled_after"]
+    after, left = result["settled_after"], result["entropies"][-1]
     lines = {
         "regime": result["regime"],
         "margin": f"{result['margin']:.4f}: 1 - (a + (b lam / 2) ||P - 1/2||), {margin}",
@@ -175,9 +136,9 @@ def report(result: dict[str, Any]) -> str:
         f"{result['entropy_floor']:.4f}",
         "simulated": "from half pi_0, half the first answer: "
         + (
-            f"within {CLOSE} of it for good after {after} rounds"
+            f"within {dynamics.CLOSE} of it for good after {after} rounds"
             if after is not None
-            else f"not within {CLOSE} of it after {rounds} rounds; entropy then {result['entropies'][-1]:.4f} nats"
+            else f"not within {dynamics.CLOSE} of it after {rounds} rounds; entropy then {left:.4f} nats"
         ),
     }
     return "\n".join(f"{name:13}{text}" for name, text in lines.items())
@@ -186,24 +147,28 @@ def report(result: dict[str, Any]) -> str:
 def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     check(args)
-    result = compute(args)
+    P = preferences(args)
+    if args.rounds * len(P) > MOST_NUMBERS:
+        raise UserError(f"{args.rounds} rounds of {len(P)} answers are too many to keep: lower --rounds")
+    reference = reference_policy(args.reference, len(P))
+    with user_error(ArithmeticError):
+        result = dynamics.study(P, args.a, args.b, args.lam, reference, args.rounds, args.entropy_floor)
     print(report(result))
     if args.output is not None:
         with user_error(OSError):
             Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     if args.plot is not None:
-        from ..iterate.phase_plot import plot_phase_diagram
-
-        most = 2 * args.b * args.lam if args.plot_max is None else args.plot_max
-        a, b_lam = np.linspace(0, 1, GRID), np.linspace(0, most, GRID)
-        diagram = dynamics.phase_diagram(
-            np.array(result["preferences"]),
-            a,
-            b_lam,
-            args.lam,
-            np.array(result["reference"]),
-            result["entropy_floor"],
-        )
-        with user_error(OSError):
-            print(plot_phase_diagram(diagram, a, b_lam, args.plot, here=(args.a, args.b * args.lam)))
+        plot(args, P, reference, result["entropy_floor"])
     return 0
+
+
+def plot(args: argparse.Namespace, P: np.ndarray, reference: np.ndarray, entropy_floor: float) -> None:
+    """Draw the regimes around this loop, and say where."""
+    from ..iterate.phase_plot import plot_phase_diagram
+
+    most = 2 * args.b * args.lam if args.plot_max is None else args.plot_max
+    a, b_lam = np.linspace(0, 1, GRID), np.linspace(0, most, GRID)
+    with user_error(ArithmeticError):
+        diagram = dynamics.phase_diagram(P, a, b_lam, args.lam, reference, entropy_floor)
+    with user_error(OSError):
+        print(plot_phase_diagram(diagram, a, b_lam, args.plot, here=(args.a, args.b * args.lam)))

@@ -5,117 +5,72 @@ Reads the recipe as the training command would, and the model's config; loads ne
 header says which command, how many GPUs and which accelerate config it is meant for; options override that.
 """
 
-import argparse
 import json
-import re
-from pathlib import Path
+from typing import Any
 
-import yaml
-from transformers import AutoConfig
-from trl.trainer.utils import get_peft_config
-
-from ..tools.memory import CARDS, GIB, RESERVE, Run, Shape, as_dict, estimate, read_shape, savings, trainable
-from .errors import UserError, user_error
-from .launch import accelerate_config_file
-from .train import parse
+from ..errors import UserError, user_error
+from ..tools.recipes import read_header
+from ..tools.yaml_files import read_yaml
+from .parsing import Parser, require_between
 
 
-def read_header(path: str | Path) -> dict[str, str]:
-    """The `# name: value` lines at the top of a recipe."""
-    header = re.match(r"(?:#.*\n)*", Path(path).read_text()).group()
-    return dict(re.findall(r"^# (method|accelerate|gpus|memory): (.+)$", header, re.MULTILINE))
+METHODS = ("dpo", "kto")
 
 
-def engine_of(accelerate_config: str | None, gpus: int) -> dict:
-    """What an accelerate config says about sharding and offloading, as fields of `Run`."""
-    if accelerate_config is None:
-        return {"engine": "ddp" if gpus > 1 else "single"}
-    with user_error(OSError, yaml.YAMLError):
-        settings = yaml.safe_load(Path(accelerate_config_file(accelerate_config)).read_text())
-    kind = settings.get("distributed_type")
-    if kind == "FSDP":
-        return {"engine": "fsdp", "offload_param": bool(settings["fsdp_config"].get("fsdp_offload_params"))}
-    if kind != "DEEPSPEED":
-        return {"engine": "ddp" if gpus > 1 else "single"}
-    deepspeed = settings.get("deepspeed_config") or {}
-    if "deepspeed_config_file" in deepspeed:
-        raise UserError("the accelerate config refers to a DeepSpeed JSON file, which `estimate` does not read")
-    return {
-        "engine": "deepspeed",
-        "stage": int(deepspeed.get("zero_stage", 2)),
-        "offload_optimizer": deepspeed.get("offload_optimizer_device", "none") != "none",
-        "offload_param": deepspeed.get("offload_param_device", "none") != "none",
-    }
+def read_accelerate(name: str | None) -> dict[str, Any]:
+    """The settings of an accelerate config; none without one."""
+    from .launch import accelerate_config_file
+
+    return {} if name is None else read_yaml(accelerate_config_file(name))
 
 
-def processes_of(accelerate_config: str | None) -> int:
-    if accelerate_config is None:
-        return 1
-    with user_error(OSError, yaml.YAMLError):
-        settings = yaml.safe_load(Path(accelerate_config_file(accelerate_config)).read_text())
-    return 1 if settings.get("distributed_type") == "NO" else int(settings.get("num_processes", 1))
+def read_run(method: str, argv: list[str], gpus: int | None, accelerate_config: str | None) -> tuple:
+    """
+    The sizes of the model and the settings of the run that a training command line describes: a `Shape` and a `Run`
+    of `trl_rdro.tools.memory`. Without `gpus` the accelerate config says how many.
+    """
+    from ..tools.loading import load_config
+    from ..tools.memory import engine_of, processes_of, read_shape, run_of
+    from .training_options import parse, refuse_stray
 
-
-def read_run(method: str, argv: list[str], gpus: int, accelerate_config: str | None) -> tuple[Shape, Run]:
-    """The sizes of the model and the settings of the run that a training command line describes."""
+    accelerate = read_accelerate(accelerate_config)
     # A machine without a GPU refuses bf16 unless it is told that the run is meant for it
-    (_, args, model_args, _), *_ = parse(method, [*argv, "--use_cpu"])
+    (_, args, model_args, _), _, unused = parse(method, [*argv, "--use_cpu"])
+    refuse_stray(unused)
+    if unused:
+        raise UserError(f"estimate does not read {unused[0]}: give --gpus and --accelerate_config")
     if args.max_length is None:
         raise UserError("max_length is not set: without it the longest example decides; give --max_length")
     name = model_args.model_name_or_path
-    with user_error(OSError, ValueError, prefix=f"cannot read the config of {name}: "):
-        config = AutoConfig.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-        )
-    lora = get_peft_config(model_args)
+    config = load_config(name, model_args.model_revision, args.trust_remote_code)
     with user_error(AttributeError, ValueError, prefix=f"cannot count the parameters of {name}: "):
-        targets = model_args.lora_target_modules if lora is not None else None
-        shape = read_shape(config, targets, lora.r if lora is not None else 0)
+        shape = read_shape(config, model_args.lora_target_modules, model_args.lora_r if model_args.use_peft else 0)
     dtype = model_args.dtype
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
-    return shape, Run(
-        length=args.max_length,
-        batch=args.per_device_train_batch_size,
-        paired=method == "dpo",
-        losses=tuple([args.loss_type] if isinstance(args.loss_type, str) else args.loss_type),
-        wdpo_penalised=getattr(args, "wdpo_rho", 0) > 0,
-        accumulation=args.gradient_accumulation_steps,
-        lora=lora is not None,
-        bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16,
-        nested=model_args.use_bnb_nested_quant,
-        dtype=dtype,
-        half=bool(args.bf16 or args.fp16),
-        checkpointing=bool(args.activation_checkpointing or args.gradient_checkpointing),
-        precomputed=args.precompute_ref_log_probs,
-        optim=str(args.optim).split(".")[-1].lower(),
-        gpus=gpus,
-        **engine_of(accelerate_config, gpus),
-    )
+    with user_error(ValueError):
+        gpus = processes_of(accelerate) if gpus is None else gpus
+        return shape, run_of(args, model_args, dtype, gpus, **engine_of(accelerate, gpus))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog="trl-rdro estimate",
         description="Say what each GPU will hold, before anything is loaded. Any option of the training command may "
         "be added, to see what it changes.",
-        allow_abbrev=False,
     )
     parser.add_argument("--config", help="a recipe, or any YAML file of the training commands")
-    parser.add_argument("--method", choices=["dpo", "kto"], help="the training command; default: the recipe's, or dpo")
+    parser.add_argument("--method", choices=METHODS, help="the training command; default: the recipe's, or dpo")
     parser.add_argument("--gpus", type=int, help="processes in all; default: the recipe's, or the accelerate config's")
     parser.add_argument("--accelerate_config", help="a name or file; default: the recipe's")
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-    def fail(message):
-        raise UserError(message)
-
-    parser.error = fail
     return parser
 
 
-def report(shape: Shape, run: Run) -> str:
+def report(shape: Any, run: Any) -> str:
     """The estimate for people."""
+    from ..tools.memory import CARDS, GIB, RESERVE, estimate, savings, trainable
+
     result = estimate(shape, run)
     lines = [
         run.describe(),
@@ -138,18 +93,20 @@ def report(shape: Shape, run: Run) -> str:
 def main(argv: list[str]) -> int:
     """Print the estimate for the command line `argv`."""
     options, training_argv = make_parser().parse_known_args(argv)
+    require_between("--gpus", options.gpus, 1)
     header = {}
     if options.config is not None:
-        with user_error(OSError):
-            header = read_header(options.config)
+        header = read_header(options.config)
         training_argv = ["--config", options.config, *training_argv]
-    accelerate_config = options.accelerate_config or header.get("accelerate")
+    method = options.method or header.get("method", "dpo")
+    if method not in METHODS:
+        raise UserError(f"estimate is about a training run: {options.config} is a recipe of trl-rdro {method}")
     gpus = options.gpus
-    if gpus is None:
-        own = "gpus" in header and options.accelerate_config is None
-        gpus = int(header["gpus"]) if own else processes_of(accelerate_config)
-    if gpus < 1:
-        raise UserError(f"--gpus must be at least 1, got {gpus}")
-    shape, run = read_run(options.method or header.get("method", "dpo"), training_argv, gpus, accelerate_config)
+    if gpus is None and "gpus" in header and options.accelerate_config is None:
+        gpus = int(header["gpus"])
+    shape, run = read_run(method, training_argv, gpus, options.accelerate_config or header.get("accelerate"))
+
+    from ..tools.memory import as_dict
+
     print(json.dumps(as_dict(shape, run), indent=2) if options.json else report(shape, run))
     return 0

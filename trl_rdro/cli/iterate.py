@@ -4,21 +4,29 @@
 `python -m trl_rdro.cli.iterate --config my.yaml` is what every process of a launched run executes.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments
-from yaml import YAMLError, safe_load
 
 import trl_rdro
+from trl_rdro.checks.datasets import check_rows
 from trl_rdro.iterate.config import METHODS, IterateConfig
 from trl_rdro.iterate.judges import Judge, make_judge
-from trl_rdro.trainers.dataset_checks import first_example
 
-from .errors import UserError, report_user_errors, user_error
+from ..errors import UserError, user_error
+from ..tools.loading import load_splits, require_split
+from ..tools.yaml_files import read_yaml
+from .errors import report_user_errors
 from .launch import launch_module, without
-from .train import Parser, find_model, load_splits, parse_strictly, require_model_name
+from .parsing import Parser
+from .train import find_model, make_output_dir
+from .training_options import (
+    TrainingParser,
+    parse_strictly,
+    refuse_launch_flags,
+    require_model_name,
+    take_config,
+)
 
 
 LOOP_MODULE = "trl_rdro.cli.iterate"
@@ -28,20 +36,17 @@ DEFAULT_BETA = 1.0
 
 def find_method(argv: list[str]) -> str:
     """`dpo` or `kto`, which decides what options there are: from the command line, else from its YAML file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--method", "--config"):
-        parser.add_argument(name, nargs="?")
-    known, _ = parser.parse_known_args(argv)
-    method = known.method
-    if method is None and known.config is not None:
-        with user_error(OSError, YAMLError):
-            settings = safe_load(Path(known.config).read_text(encoding="utf-8"))
-        method = settings.get("method") if isinstance(settings, dict) else None
+    file, argv = take_config(argv)
+    parser = Parser(add_help=False)
+    parser.add_argument("--method", nargs="?")
+    method = parser.parse_known_args(argv)[0].method
+    if method is None and file is not None:
+        method = read_yaml(file).get("method")
     return method if method in METHODS else METHODS[0]
 
 
-def make_parser(method: str) -> Parser:
-    parser = Parser(
+def make_parser(method: str) -> TrainingParser:
+    parser = TrainingParser(
         (IterateConfig, ScriptArguments, getattr(trl_rdro, f"{method.upper()}Config"), ModelConfig),
         prog="trl-rdro iterate",
         usage="%(prog)s [--config FILE] [--accelerate_config NAME_OR_FILE] [--OPTION VALUE ...]",
@@ -49,7 +54,6 @@ def make_parser(method: str) -> Parser:
         "by set shares, and a stability report for each round. FILE is a YAML file of any of these options, which the "
         "command line overrides. The training options are those of `trl-rdro dpo`, or with `method: kto` those of "
         f"`trl-rdro kto`; `beta` is {DEFAULT_BETA} unless set.",
-        allow_abbrev=False,
     )
     parser.set_defaults(beta=DEFAULT_BETA)
     return parser
@@ -77,16 +81,14 @@ def parse(argv: list[str]) -> tuple[tuple, Judge, list[str], list[str]]:
 
 def load_prompts(script_args: ScriptArguments) -> tuple[list[dict], list[dict]]:
     """The rows of the training split, and those of the test split, or the same where there is none."""
-    splits = load_splits(script_args)
+    assert script_args.dataset_name is not None  # refused before
+    splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
     names = (script_args.dataset_train_split, script_args.dataset_test_split)
-    if names[0] not in splits:
-        raise UserError(f"the dataset has no split {names[0]} (dataset_train_split), only: {', '.join(splits)}")
+    require_split(splits, names[0], "dataset_train_split")
     found = [list(splits[name]) for name in names if name in splits]
     for name, rows in zip(names, found, strict=False):
         with user_error(ValueError):
-            columns = first_example(rows, name)
-        if "prompt" not in columns:
-            raise UserError(f"split {name} has no column prompt, only: {', '.join(columns)}; rename the one it has")
+            check_rows(rows, name, "prompts")
     return found[0], found[-1]
 
 
@@ -100,8 +102,8 @@ def launch(argv: list[str]) -> int:
 def run(argv: list[str] | None = None) -> int:
     """Run the loop in this process, one of those launched."""
     (config, script_args, args, model_args), judge, _, unused = parse(sys.argv[1:] if argv is None else argv)
-    if unused:
-        raise UserError(f"{unused[0]} is not an option of the script: flags of `accelerate launch` go before its name")
+    refuse_launch_flags(unused)
+    make_output_dir(args)
     find_model(args, model_args)
     rows, monitor_rows = load_prompts(script_args)
     from trl_rdro.iterate.rounds import Loop

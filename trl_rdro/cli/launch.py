@@ -10,11 +10,14 @@ import signal
 import subprocess
 from pathlib import Path
 
+from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .errors import UserError, user_error
-from .train import make_launch_parser, parse
+from ..errors import UserError, user_error
+from ..tools.yaml_files import read_yaml
+from .field_values import WORDS, field_hints, options_of
+from .training_options import make_launch_parser, parse
 
 
 TRAINING_MODULE = "trl_rdro.cli.train"
@@ -37,6 +40,15 @@ def accelerate_config_file(name: str) -> str:
     return str(shipped / f"{name}.yaml")
 
 
+def check_accelerate_config(path: str) -> None:
+    """Refuse an accelerate config that accelerate itself, or a process that it starts, would die of."""
+    hints = field_hints([ClusterConfig])
+    for name, value in read_yaml(path).items():
+        for kind in {int, dict}.intersection(options_of(hints.get(name))):
+            if value is not None and not isinstance(value, kind):
+                raise UserError(f"the accelerate config {path} has {name} {value!r}: it must be {WORDS[kind]}")
+
+
 def launch(method: str, argv: list[str]) -> int:
     """Run the training of `method` with the command line `argv` in the processes it asks for."""
     _, launch_flags, launch_argv = parse(method, argv)
@@ -45,17 +57,13 @@ def launch(method: str, argv: list[str]) -> int:
 
 def launch_module(module: str, module_argv: list[str], launch_argv: list[str]) -> int:
     """Run a module under `accelerate launch`."""
-    parser = make_launch_parser()
-
-    def fail(message):
-        raise UserError(message)
-
-    parser.error = fail
-    args = parser.parse_args([*launch_argv, "--module", module, *module_argv])
+    args = make_launch_parser().parse_args([*launch_argv, "--module", module, *module_argv])
     if args.training_script != module:
         raise UserError(f"unexpected argument {args.training_script}: a YAML file is given with --config FILE")
     if args.accelerate_config is not None:
         args.config_file = accelerate_config_file(args.accelerate_config)
+    if args.config_file is not None:
+        check_accelerate_config(args.config_file)
 
     # Where a training process fails it has already said why, in a sentence or a traceback.
     try:

@@ -2,12 +2,15 @@
 
 import dataclasses
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import trl
 from torch.distributed.fsdp import FSDPModule
 from trl.models.utils import disable_gradient_checkpointing
+
+
+if TYPE_CHECKING:
+    from .trl_trainer import TrlTrainer
 
 
 def full_precision_outputs(accelerator: Any) -> None:
@@ -29,7 +32,7 @@ def refuse_fsdp1(accelerator: Any, loss_type: str) -> None:
         )
 
 
-def settle_fsdp2(model: torch.nn.Module) -> None:
+def settle_fsdp2(model: torch.nn.Module | None) -> None:
     """Let FSDP2 initialise itself now. Otherwise it does so in the first forward and takes the gradients' dtype from
     the parameters trainable then, which are none where the first is that of a reference with adapters off."""
     if isinstance(model, FSDPModule):
@@ -37,14 +40,14 @@ def settle_fsdp2(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def without_checkpointing(trainer: trl.DPOTrainer):
+def without_checkpointing(trainer: "TrlTrainer"):
     """For gradient-free forwards: reentrant gradient checkpointing warns in them."""
     with torch.no_grad(), disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
         yield
 
 
 @contextmanager
-def non_reentrant_checkpointing(trainer: trl.DPOTrainer):
+def non_reentrant_checkpointing(trainer: "TrlTrainer"):
     """For gradients with respect to inputs, which reentrant gradient checkpointing cannot give."""
     kwargs = trainer.args.gradient_checkpointing_kwargs
     reentrant = trainer.model.is_gradient_checkpointing and (kwargs or {}).get("use_reentrant")
@@ -58,7 +61,7 @@ def non_reentrant_checkpointing(trainer: trl.DPOTrainer):
 
 
 @contextmanager
-def frozen_head(model: torch.nn.Module):
+def frozen_head(model: Any):
     """For gradients with respect to inputs. TRL's fused head is one autograd function, which is not told which
     gradients are asked for, and would compute that of its weight too."""
     weight = model.get_output_embeddings().weight

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -14,7 +13,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable
 from .trl import completion_logps, policy_forward
 
 
-def second_reference(trainer: trl.DPOTrainer, name: str) -> Any:
+def second_reference(trainer: Any, name: str) -> Any:
     """Another reference model, for `second_reference_logps`: made ready as TRL does its own. The name of an adapter of
     the trained model stays a name."""
     if is_peft_model(trainer.model) and name in trainer.model.peft_config:
@@ -27,7 +26,8 @@ def second_reference(trainer: trl.DPOTrainer, name: str) -> Any:
     kwargs.setdefault("attn_implementation", trainer.model.config._attn_implementation)
     # An adapter's folder does not say its architecture; transformers loads it with its base model
     is_adapter = Path(name, "adapter_config.json").exists()
-    model = create_model_from_path(name, AutoModelForCausalLM if is_adapter else None, **kwargs)
+    architecture: Any = AutoModelForCausalLM if is_adapter else None
+    model: Any = create_model_from_path(name, architecture, **kwargs)
     vocabularies = [len(x.get_input_embeddings().weight) for x in (model, trainer.model)]
     if vocabularies[0] != vocabularies[1]:
         raise ValueError(
@@ -44,7 +44,7 @@ def second_reference(trainer: trl.DPOTrainer, name: str) -> Any:
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
 
-def second_reference_logps(trainer: trl.DPOTrainer, reference: Any, inputs: dict[str, Any]) -> torch.Tensor:
+def second_reference_logps(trainer: Any, reference: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """Its log-probabilities of the completions, `(2n,)`: chosen, then rejected."""
     if not isinstance(reference, str):
         return torch.cat(trainer.compute_ref_log_probs(reference, inputs))

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from copy import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
 from accelerate.utils import is_peft_model
+from datasets.fingerprint import Hasher
+from torch.distributed.tensor import DTensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
@@ -18,10 +20,11 @@ from trl.trainer.utils import get_config_model_id
 from .engines import settle_fsdp2
 
 
+if TYPE_CHECKING:
+    from .trl_trainer import TrlTrainer
+
 # What a batch of TRL's preference collators holds beside the model's own inputs
 NON_MODEL_KEYS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "label", "ref_logps", "weight"}
-
-AnyTrainer = trl.DPOTrainer | trl.KTOTrainer
 
 
 def model_name(model: Any) -> str:
@@ -29,17 +32,32 @@ def model_name(model: Any) -> str:
     return (model if isinstance(model, str) else get_config_model_id(model.config)).split("/")[-1]
 
 
-def policy_forward(trainer: AnyTrainer, model: Callable, inputs: dict[str, Any]) -> Any:
+def policy_forward(trainer: "TrlTrainer", model: Callable, inputs: dict[str, Any]) -> Any:
     """One forward of `model` with TRL's fused LM head. The output has `log_probs` of shape `(rows, length - 1)`:
     the log-probability of each next token, 0 outside the completions."""
     model_kwargs = {key: value for key, value in inputs.items() if key not in NON_MODEL_KEYS}
     if trainer.aux_loss_enabled:  # mixture of experts
         model_kwargs["output_router_logits"] = True
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    return model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+    with _explain_cut_images(trainer):
+        return model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
 
 
-def completion_logps(trainer: AnyTrainer, log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+@contextmanager
+def _explain_cut_images(trainer: "TrlTrainer"):
+    """What TRL's `compute_loss`, which ours does not go through, makes of a model's complaint about missing tokens."""
+    try:
+        yield
+    except ValueError as error:
+        if "Image features and image tokens do not match" not in str(error) or trainer.args.max_length is None:
+            raise
+        raise ValueError(
+            f"`max_length={trainer.args.max_length}` is too short: it cuts off image tokens whose image stays. Raise "
+            "it, or set it to None."
+        ) from error
+
+
+def completion_logps(trainer: "TrlTrainer", log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
     """Log-probability of each completion, `(rows,)`, as TRL's `_compute_loss` sums it: with LD-DPO, tokens beyond the
     length that both completions of a pair share count `ld_alpha`."""
     mask = completion_mask[:, 1:]
@@ -62,8 +80,48 @@ def _replay(model: Callable, outputs: Any) -> Callable:
     return forward
 
 
+def overrides_compute_loss(trainer: "TrlTrainer") -> bool:
+    """Whether a subclass replaces TRL's `_compute_loss`, which is not called with our losses."""
+    base = trl.DPOTrainer if isinstance(trainer, trl.DPOTrainer) else trl.KTOTrainer
+    return type(trainer)._compute_loss is not base._compute_loss
+
+
 @contextmanager
-def _attributes(trainer: AnyTrainer, **values: Any):
+def unchanged_requires_grad(model: torch.nn.Module):
+    """For the reference pass: PEFT lets frozen adapter weights require gradients when it switches adapters."""
+    before = [(p, p.requires_grad) for p in model.parameters()] if is_peft_model(model) else []
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+
+
+@contextmanager
+def precise_precompute_key(trainer: "TrlTrainer"):
+    """Let TRL's cache of precomputed reference log-probabilities know what they depend on beside data and model."""
+    args = trainer.args
+    settings = (args.max_length, getattr(args, "truncation_mode", None), getattr(trainer, "ld_alpha", None), args.bf16)
+    key = Hasher.hash((trainer._precompute_model_hash, *settings, args.fp16, str(trainer.model.dtype)))
+    with _attributes(trainer, _precompute_model_hash=key):
+        yield
+
+
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter that ZeRO-3 or FSDP2 may have sharded."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def reference_model(trainer: "TrlTrainer") -> torch.nn.Module:
+    """The model that answers for the reference: the policy, its adapter off, where there is no other."""
+    return trainer.model if trainer.ref_model is None else trainer.ref_model
+
+
+@contextmanager
+def _attributes(trainer: Any, **values: Any):
     """Give the trainer these attributes for a while."""
     saved = {name: getattr(trainer, name) for name in values}
     vars(trainer).update(values)
@@ -76,7 +134,7 @@ def _attributes(trainer: AnyTrainer, **values: Any):
 # Without a trainer: what `trl-rdro inspect` and `trl-rdro score` need
 
 # In place of the trainer, for `policy_forward` and `completion_logps`
-NO_TRAINER = SimpleNamespace(aux_loss_enabled=False)
+NO_TRAINER: Any = SimpleNamespace(aux_loss_enabled=False)
 
 
 def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any) -> tuple[Any, Callable]:
@@ -92,7 +150,7 @@ def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any)
         room for a completion dropped; and the collator that truncates and pads its rows.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    trainer_class = {"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer}[method]
+    trainer_class: Any = {"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer}[method]
     trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
     # Under the name "train" TRL would advise on KTO's class weights
     prepared = trainer_class._prepare_dataset(trainer, dataset, processing_class, args, "given")
@@ -106,15 +164,29 @@ def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any)
     return prepared, DataCollatorForUnpairedPreference(**settings)
 
 
+def is_tokenised(dataset: Any) -> bool:
+    """Whether a data set has token ids and no text, which TRL's preparation would ask for."""
+    columns = next(iter(dataset), {}).keys()
+    return "prompt_ids" in columns and columns.isdisjoint({"chosen", "completion"})
+
+
+def drop_without_completion(dataset: Any, args: Any) -> Any:
+    """Drop tokenised rows whose prompt leaves no room for a completion, as TRL's preparation does."""
+    if args.max_length is None or getattr(args, "truncation_mode", "keep_start") != "keep_start":
+        return dataset
+    return dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
+
+
 # Pairs (DPOTrainer)
 
 
-def pair_reference_logps(trainer: trl.DPOTrainer, inputs: dict[str, Any]) -> torch.Tensor:
+def pair_reference_logps(trainer: "TrlTrainer", inputs: dict[str, Any]) -> torch.Tensor:
     """The reference model's log-probabilities of the completions, `(2n,)`: chosen, then rejected."""
     if trainer.precompute_ref_logps:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     settle_fsdp2(trainer.model)
-    return torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs))
+    with _explain_cut_images(trainer):
+        return torch.cat(trainer.compute_ref_log_probs(reference_model(trainer), inputs))
 
 
 def pair_loss_and_metrics(
@@ -184,12 +256,12 @@ def without_kl(args: trl.KTOConfig):
         args.loss_type = loss_type
 
 
-def unpaired_reference_logps(trainer: trl.KTOTrainer, inputs: dict[str, Any]) -> torch.Tensor:
+def unpaired_reference_logps(trainer: "TrlTrainer", inputs: dict[str, Any]) -> torch.Tensor:
     """The reference model's log-probabilities of the completions, `(n,)`."""
     if trainer.precompute_ref_logps:
         return inputs["ref_logps"]
     settle_fsdp2(trainer.model)
-    return trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs)[0]
+    return trainer.compute_ref_log_probs(reference_model(trainer), inputs)[0]
 
 
 def unpaired_metrics(
@@ -224,19 +296,19 @@ def unpaired_loss(
 # Both
 
 
-def mean_over_ranks(trainer: AnyTrainer, scalars: dict[str, torch.Tensor]) -> dict[str, float]:
+def mean_over_ranks(trainer: "TrlTrainer", scalars: dict[str, torch.Tensor]) -> dict[str, float]:
     """The mean of each scalar over the ranks, in one gather and one synchronisation."""
     values = torch.stack([value.detach().float() for value in scalars.values()]).unsqueeze(0)
     return dict(zip(scalars, trainer.accelerator.gather(values).mean(dim=0).tolist(), strict=True))
 
 
-def log_metrics(trainer: AnyTrainer, metrics: dict[str, float]) -> None:
+def log_metrics(trainer: "TrlTrainer", metrics: dict[str, float]) -> None:
     """Add metrics to the ones that TRL averages over micro-batches and logs."""
     for name, value in metrics.items():
         trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
 
 
-def take_metrics(trainer: AnyTrainer) -> dict[str, float]:
+def take_metrics(trainer: "TrlTrainer") -> dict[str, float]:
     """The metrics that TRL would log next, averaged as it does, which are then gone."""
     metrics = trainer._metrics["train" if trainer.model.training else "eval"]
     means = {name: sum(values) / len(values) for name, values in metrics.items()}
@@ -244,7 +316,7 @@ def take_metrics(trainer: AnyTrainer) -> dict[str, float]:
     return means
 
 
-def input_embeddings(trainer: trl.DPOTrainer) -> torch.nn.Module:
+def input_embeddings(trainer: "TrlTrainer") -> torch.nn.Module:
     """The module whose output is what WDPO perturbs."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     return (model.get_base_model() if is_peft_model(model) else model).get_input_embeddings()

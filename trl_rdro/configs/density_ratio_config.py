@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 from ..losses.types import of_family
-from .validation import require_in_range
 
 
 DENSITY_RATIO_LOSSES = of_family("density_ratio")
@@ -49,18 +48,13 @@ class DensityRatioConfig:
         },
     )
 
-    def _validate_density_ratio(self) -> None:
-        for name in ("ddro_t", "rdro_alpha"):
-            value = getattr(self, name)
-            if value is not None:
-                require_in_range(
-                    name,
-                    value,
-                    0,
-                    1,
-                    "a number between 0 and 1, both excluded, or None",
-                    "Leave it None to use the preferred fraction of the training set.",
-                )
-        require_in_range(
-            "ddro_cap", self.ddro_cap, 0, 1, "a number between 0 and 1, both excluded", "The default is 0.99."
+
+def require_cap_above_start(t: float, cap: float) -> None:
+    """Refuse a `ddro_cap` that training would start beyond: the ratio of policy to reference is 1 there, the cap at
+    `ddro_cap` / t. For `KTOTrainer` too, once it has counted t."""
+    if cap <= t:
+        raise ValueError(
+            f"`ddro_cap` must be greater than t={t:g}, the share of preferred completions in the reference model, got "
+            f"{cap!r}: training would start beyond the cap, where the loss is only its linear continuation. Raise "
+            "`ddro_cap`."
         )

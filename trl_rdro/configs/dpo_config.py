@@ -1,17 +1,18 @@
 """TRL's `DPOConfig` with our losses."""
 
-import math
 import re
 from dataclasses import dataclass, field
 
 import trl
 
 from ..log import get_logger
-from ..losses.types import LOSS_TYPES, of_family
-from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig
+from ..losses.types import LOSS_TYPES, in_use, of_family
+from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig, require_cap_above_start
 from .pair_loss_config import PairLossConfig
+from .ranges import RANGES
 from .run_config import RunConfig
-from .validation import require_choice, require_in_range, require_reverse_kl
+from .unused_options import warn_of_unused_options
+from .validation import Range, require, require_choice, require_reverse_kl, validate_fields
 
 
 logger = get_logger(__name__)
@@ -25,9 +26,14 @@ WDPO_PENALTIES = ("squared", "rms")
 TRL_SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
 SMOOTHED_INNER_LOSSES = {"sigmoid", "cdpo"}
 
+FLIPPED = Range("[0, 0.5)", "It is the assumed probability that a label is flipped.")
+# Density ratios and likelihoods are of the log-ratio itself; for them beta only scales the logged rewards
+LOSSES_WITHOUT_BETA = {*DENSITY_RATIO_LOSSES, "sft"}
+
 _TRL_LOSS_TYPE_HELP = trl.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
 # TRL does not validate `loss_type`, and names the possible ones in its help text only
 TRL_DPO_LOSSES = tuple(re.findall(r"`'(\w+)'`", _TRL_LOSS_TYPE_HELP))
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 @dataclass
@@ -74,7 +80,7 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
             See [`RunConfig`].
     """
 
-    loss_type: list[str] = field(
+    loss_type: list[str] | str = field(  # type: ignore[assignment]  # a name becomes a list of one
         default_factory=lambda: ["sigmoid"],
         metadata={
             "help": _TRL_LOSS_TYPE_HELP
@@ -145,11 +151,13 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self._validate_loss_types()
+        validate_fields(self, RANGES)
+        require_choice("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)
         self._validate_run()
-        self._validate_density_ratio()
+        self._validate_loss_weights()
+        self._validate_losses_of_trl()
         self._validate_pair_losses()
-        self._validate_robust()
-        self._validate_combinations()
+        self._validate_ours()
         super().__post_init__()
         self._refuse_a_step_of_one_pair()
         if "cdpo" in self.loss_type and self.label_smoothing == 0:
@@ -157,6 +165,9 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
                 "`cdpo` with `label_smoothing=0` is DPO. Set it to the share of flipped labels that you expect; the "
                 "published value is 0.1."
             )
+        warn_of_unused_options(
+            self, list(dict.fromkeys([*self.loss_type, *in_use(self.loss_type, self.inner_loss_type)]))
+        )
 
     def _validate_loss_types(self) -> None:
         if not isinstance(self.loss_type, (list, tuple)) or not self.loss_type:
@@ -164,32 +175,27 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
         for loss_type in self.loss_type:
             require_choice("loss_type", loss_type, [*TRL_DPO_LOSSES, *OUR_DPO_LOSSES])
 
-    def _validate_robust(self) -> None:
-        require_choice("wdpo_penalty", self.wdpo_penalty, list(WDPO_PENALTIES))
-        require_choice("inner_loss_type", self.inner_loss_type, list(INNER_LOSSES))
-        for name, advice in (
-            ("kldpo_tau", "Large values approach DPO; a negative one would be Dr. DPO, `loss_type='drdpo'`."),
-            ("drdpo_beta", "Large values approach DPO."),
-        ):
-            # Beyond 1e-6 the weights of float32 losses are those of one pair alone
-            require_in_range(
-                name, getattr(self, name), 1e-6, math.inf, "a number of at least 1e-6", advice, low_included=True
+    def _validate_loss_weights(self) -> None:
+        weights = self.loss_weights
+        if weights is None:
+            return
+        if len(weights) != len(self.loss_type):
+            raise ValueError(
+                f"`loss_weights` must have one weight for each of the {len(self.loss_type)} in "
+                f"`loss_type={self.loss_type!r}`, got {weights!r}. Add or remove weights, or leave it None for equal "
+                "ones."
             )
-        for name, advice in (("wdpo_rho", "0 is plain DPO."), ("grdpo_eta", "0 leaves all groups equal.")):
-            require_in_range(name, getattr(self, name), 0, math.inf, "a number >= 0", advice, low_included=True)
-        if not isinstance(self.wdpo_interval, int) or isinstance(self.wdpo_interval, bool) or self.wdpo_interval < 1:
-            raise ValueError(f"`wdpo_interval` must be a whole number >= 1, got {self.wdpo_interval!r}.")
-        if self.wdpo_eps is not None:
-            require_in_range(
-                "wdpo_eps",
-                self.wdpo_eps,
-                0,
-                1,
-                "a number between 0 and 1, both excluded, or None",
-                "Leave it None to have it chosen by the dtype and adapted.",
-            )
+        if not any(weights):
+            raise ValueError(f"`loss_weights` must not all be 0, got {weights!r}: nothing would be trained.")
 
-    def _validate_combinations(self) -> None:
+    def _validate_losses_of_trl(self) -> None:
+        """What TRL says of its own losses once the model is loaded, or never."""
+        if not {*self.loss_type} <= LOSSES_WITHOUT_BETA:
+            require("beta", self.beta, (float,), Range("[1e-9, 1e9]", "With 0 nothing would be trained."))
+        if "robust" in self.loss_type:
+            require("label_smoothing", self.label_smoothing, (float,), FLIPPED)
+
+    def _validate_ours(self) -> None:
         ours = [loss_type for loss_type in self.loss_type if loss_type in OUR_DPO_LOSSES]
         density_ratio = [loss_type for loss_type in ours if loss_type in DENSITY_RATIO_LOSSES]
         if ours:
@@ -206,13 +212,19 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
                 "distribution that these losses take their expectations over, reweight or perturb. Set "
                 "`use_weighting=False`."
             )
+        if "ddro" in ours:
+            require_cap_above_start(0.5 if self.ddro_t is None else self.ddro_t, self.ddro_cap)
         # The losses of pairs in use: by themselves, and inside a robust loss
         pairwise = [name for name in ours if name in PAIR_LOSSES]
         if not set(ours).isdisjoint(ROBUST_LOSSES):
             pairwise.append(self.inner_loss_type)
-        if pairwise:
-            require_in_range("beta", self.beta, 0, math.inf, "a positive number")
-            self._validate_label_smoothing(pairwise)
+        if not SMOOTHED_INNER_LOSSES.isdisjoint(pairwise):
+            require("label_smoothing", self.label_smoothing, (float,), FLIPPED)
+        elif pairwise and self.label_smoothing and TRL_SMOOTHED_LOSSES.isdisjoint(self.loss_type):
+            raise ValueError(
+                f"`label_smoothing={self.label_smoothing}` has no effect with {' and '.join(map(repr, pairwise))}. "
+                "Set it to 0, or use 'cdpo', alone or as `inner_loss_type`."
+            )
 
     def _refuse_a_step_of_one_pair(self) -> None:
         pairs = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
@@ -220,21 +232,4 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
             raise ValueError(
                 "`drdpo` with one pair in an optimiser step is DPO: it weighs the step's pairs against one another. "
                 "Raise `per_device_train_batch_size` or `gradient_accumulation_steps` (both now 1), or use `sigmoid`."
-            )
-
-    def _validate_label_smoothing(self, pairwise: list[str]) -> None:
-        if not SMOOTHED_INNER_LOSSES.isdisjoint(pairwise):
-            require_in_range(
-                "label_smoothing",
-                self.label_smoothing,
-                0,
-                0.5,
-                "a number in [0, 0.5)",
-                "It is the assumed probability that a label is flipped.",
-                low_included=True,
-            )
-        elif self.label_smoothing and TRL_SMOOTHED_LOSSES.isdisjoint(self.loss_type):
-            raise ValueError(
-                f"`label_smoothing={self.label_smoothing}` has no effect with {' and '.join(map(repr, pairwise))}. "
-                "Set it to 0, or use 'cdpo', alone or as `inner_loss_type`."
             )

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 
 import trl
 
-from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig
+from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig, require_cap_above_start
+from .ranges import RANGES
 from .run_config import RunConfig
-from .validation import require_choice, require_in_range
+from .unused_options import warn_of_unused_options
+from .validation import Range, require, validate_fields
 
 
 _TRL_FIELDS = trl.KTOConfig.__dataclass_fields__
@@ -49,7 +51,7 @@ class KTOConfig(DensityRatioConfig, RunConfig, trl.KTOConfig):
             "`None`, counted on the prepared training set; needed for a streaming one."
         },
     )
-    train_sampling_strategy: str | None = field(
+    train_sampling_strategy: str | None = field(  # type: ignore[assignment]  # None until the loss is known
         default=None,
         metadata={
             "help": "Sampler of the training set. If `None`, `random` for `ddro` and `rdro`, `sequential` for the "
@@ -59,18 +61,19 @@ class KTOConfig(DensityRatioConfig, RunConfig, trl.KTOConfig):
     )
 
     def __post_init__(self):
-        require_choice("loss_type", self.loss_type, KTO_LOSSES)
+        validate_fields(self, RANGES)
         self._validate_run()
-        self._validate_density_ratio()
-        if self.preferred_fraction is not None:
-            require_in_range(
-                "preferred_fraction",
-                self.preferred_fraction,
-                0,
-                1,
-                "a number between 0 and 1, both excluded, or None",
-                "Leave it None to have it counted on the training set.",
+        if self.loss_type not in DENSITY_RATIO_LOSSES:
+            require("beta", self.beta, (float,), Range("[1e-9, 1e9]", "With 0 nothing would be trained."))
+        if not self.desirable_weight and not self.undesirable_weight:
+            raise ValueError(
+                "`desirable_weight` and `undesirable_weight` must not both be 0, got 0 and 0: nothing would be "
+                "trained. The default of both is 1."
             )
+        t = self.preferred_fraction if self.ddro_t is None else self.ddro_t
+        if self.loss_type == "ddro" and t is not None:
+            require_cap_above_start(t, self.ddro_cap)
         if self.train_sampling_strategy is None:
             self.train_sampling_strategy = "random" if self.loss_type in DENSITY_RATIO_LOSSES else "sequential"
         super().__post_init__()
+        warn_of_unused_options(self, [self.loss_type])

@@ -3,6 +3,13 @@
 import importlib.util
 from dataclasses import dataclass, field
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from .validation import require_choice
+
+
+_NEVER_LISTED = {"azure_ml", "flyte"}  # among the trackers that transformers finds; it does not look for them always
+
 
 @dataclass
 class RunConfig:
@@ -21,7 +28,20 @@ class RunConfig:
     )
 
     def _validate_run(self) -> None:
-        if not isinstance(self.plot, bool):
-            raise ValueError(f"`plot` must be True or False, got {self.plot!r}.")
+        self._validate_trackers(vars(self)["report_to"])  # TRL's field
         if self.plot and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("`plot=True` needs matplotlib: `pip install 'trl-rdro[plot]'`, or set `plot=False`.")
+
+    def _validate_trackers(self, report_to: str | list[str] | None) -> None:
+        """What the Trainer says of `report_to` once the model is loaded."""
+        names = [report_to] if isinstance(report_to, str) else report_to or []
+        if names in (["none"], ["all"]):
+            return
+        for name in names:
+            require_choice("report_to", name, [*INTEGRATION_TO_CALLBACK])
+        missing = {*names} - {*get_available_reporting_integrations()} - _NEVER_LISTED
+        if missing:
+            raise ValueError(
+                f"`report_to={report_to!r}` needs {' and '.join(sorted(missing))}, which is not installed. "
+                "Install it, or set `report_to='none'`."
+            )

@@ -1,18 +1,29 @@
 """What `trl-rdro iterate` adds to the training options."""
 
 import importlib.util
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..configs.validation import require_choice, require_in_range
+from ..configs.validation import Range, validate_fields
+from .margins import largest_norm, stability_margin
 from .references import needs_distribution
-from .stability import largest_norm, loss_strength, stability_margin
+from .stability import loss_strength
 
 
 METHODS = ("dpo", "kto")
 SELECTIONS = ("best_vs_worst", "random", "rejection")
 DEFAULT_REFERENCE_MIX = 0.25
+RANGES = {
+    **dict.fromkeys(("rounds", "max_completion_length", "prompts_per_chunk", "monitor_prompts"), Range("[1, inf)")),
+    **dict.fromkeys(("prompts_per_round", "keep_rounds"), Range("[1, inf)", "Leave it None for all.")),
+    **dict.fromkeys(("samples_per_prompt", "monitor_samples"), Range("[2, inf)")),
+    **dict.fromkeys(("reference_mix", "sampling_mix"), Range("[0, 1]")),
+    "reward_gap": Range("[0, inf)", "It is used with `pair_selection='rejection'` only."),
+    "temperature": Range("[1e-6, 1e6]"),
+    "top_p": Range("[1e-6, 1]"),
+    "top_k": Range("[0, inf)"),
+    "entropy_floor": Range("[0, 1)"),
+}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -119,39 +130,15 @@ class IterateConfig:
     )
 
     def __post_init__(self):
-        require_choice("method", self.method, list(METHODS))
-        require_choice("pair_selection", self.pair_selection, list(SELECTIONS))
-        for name in ("reference_mix", "sampling_mix"):
-            value = getattr(self, name)
-            if value is not None and value != 1:
-                require_in_range(name, value, 0, 1, "a number in [0, 1]", low_included=True)
-        for name, low in (
-            *((name, 1) for name in ("rounds", "max_completion_length", "prompts_per_chunk", "monitor_prompts")),
-            *((name, 2) for name in ("samples_per_prompt", "monitor_samples")),
-            ("top_k", 0),
-        ):
-            self._require_whole(name, low)
-        for name in ("prompts_per_round", "keep_rounds"):
-            if getattr(self, name) is not None:
-                self._require_whole(name, 1)
-        require_in_range("reward_gap", self.reward_gap, 0, math.inf, "a number >= 0", low_included=True)
+        validate_fields(self, RANGES)
         if self.reward_gap and self.pair_selection != "rejection":
             raise ValueError(
                 f"`reward_gap={self.reward_gap}` has no effect with `pair_selection={self.pair_selection!r}`. Set it "
                 "to 0 or use `pair_selection='rejection'`."
             )
-        require_in_range("temperature", self.temperature, 0, math.inf, "a positive number")
-        if self.top_p != 1:
-            require_in_range("top_p", self.top_p, 0, 1, "a number in (0, 1]")
-        require_in_range("entropy_floor", self.entropy_floor, 0, 1, "a number in [0, 1)", low_included=True)
         self._validate_judge()
         if self.use_vllm and importlib.util.find_spec("vllm") is None:
             raise ValueError("`use_vllm=True` needs vLLM: `pip install vllm`, or set `use_vllm=False`.")
-
-    def _require_whole(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"`{name}` must be a whole number >= {low}, got {value!r}.")
 
     def _validate_judge(self) -> None:
         given = [name for name in ("reward_funcs", "preference_func", "labelled_file") if getattr(self, name)]
@@ -160,10 +147,17 @@ class IterateConfig:
                 "Set one of `reward_funcs`, `preference_func` and `labelled_file`, which judge the completions; got "
                 f"{' and '.join(given) or 'none'}."
             )
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs or []):
+        if self.reward_weights is None:
+            return
+        if len(self.reward_weights) != len(self.reward_funcs or []):
             raise ValueError(
                 f"`reward_weights` must have a weight for each of the {len(self.reward_funcs or [])} `reward_funcs`, "
-                f"got {len(self.reward_weights)}."
+                f"got {len(self.reward_weights)}: {self.reward_weights!r}. Leave it None for 1 each."
+            )
+        if not any(self.reward_weights):
+            raise ValueError(
+                f"`reward_weights` must not all be 0, got {self.reward_weights!r}: every completion would be worth "
+                "the same."
             )
 
     # Together with the training options
@@ -235,4 +229,4 @@ class IterateConfig:
         strength = None if needs_distribution(args) else loss_strength(args, self.max_completion_length)
         if strength is None:
             return None
-        return stability_margin(self.a, strength, self.sampling_mix, largest_norm(self.samples_per_prompt))
+        return float(stability_margin(self.a, strength, self.sampling_mix, largest_norm(self.samples_per_prompt)))

@@ -23,11 +23,16 @@ differ by a constant, which softmax ignores. S = diag(pi) - pi pi^T is the deriv
 Arrays may have leading dimensions, which broadcast: many P at once, or a grid of a and b.
 """
 
+from typing import Any
+
 import numpy as np
+
+from .margins import preference_norm, stability_margin
 
 
 STABLE, OSCILLATING, COLLAPSING = REGIMES = ("stable", "oscillating", "collapsing")
 PATH_FACTOR = 1.5  # by which the preferences grow from one stage to the next on the way to a fixed point
+CLOSE = 0.01  # total variation from the fixed point at which a loop counts as settled
 SMALLEST_PULL = 1e-6  # 1 - a of the fixed point that stands for the limit at a = 1
 
 
@@ -176,8 +181,8 @@ def rate(P, a, b, lam, fixed: np.ndarray) -> np.ndarray:
 
 
 def margin(P, a, b, lam) -> np.ndarray:
-    """1 - (a + (b lam / 2) ||P - 1/2||_2). Positive: the loop converges from anywhere. Negative: it may yet."""
-    return 1 - (a + np.asarray(b) * lam / 2 * np.linalg.norm(np.asarray(P) - 0.5, ord=2, axis=(-2, -1)))
+    """`stability_margin` of P. Positive: the loop converges from anywhere. Negative: it may yet."""
+    return stability_margin(a, b, lam, preference_norm(P))
 
 
 def regime(P, a, b, lam, reference=None, entropy_floor: float | None = None) -> dict[str, np.ndarray]:
@@ -214,3 +219,40 @@ def disturbed(policy: np.ndarray) -> np.ndarray:
     """A policy away from the given one, to start from where that may be an unstable fixed point: half of it, and half
     its first answer."""
     return (policy + np.eye(len(policy))[0]) / 2
+
+
+def study(
+    P, a: float, b: float, lam: float = 1.0, reference=None, rounds: int = 100, entropy_floor: float | None = None
+) -> dict[str, Any]:
+    """
+    All that `trl-rdro dynamics` prints and writes of one loop, as plain data.
+
+    Besides what `regime` says: `policies` and `entropies` of rounds 0 .. `rounds` of a simulation from `disturbed`
+    pi_0, and `settled_after`, the rounds after which they stay within `CLOSE` of the fixed point (None: they do not).
+
+    Raises:
+        `ArithmeticError`: if the fixed point is not found.
+    """
+    reference = _uniform(P, reference)
+    floor = default_entropy_floor(P) if entropy_floor is None else entropy_floor
+    point = regime(P, a, b, lam, reference, floor)
+    policies = softmax(trajectory(P, a, b, lam, reference, disturbed(reference), rounds))
+    distances = abs(policies - point["fixed_point"]).sum(axis=-1) / 2
+    away = np.flatnonzero(distances > CLOSE)
+    settled = 0 if not len(away) else int(away[-1]) + 1
+    return {
+        "a": a,
+        "b": b,
+        "lam": lam,
+        "preferences": np.asarray(P).tolist(),
+        "reference": reference.tolist(),
+        "regime": REGIMES[point["regime"]],
+        "margin": float(point["margin"]),
+        "rate": float(point["rate"]),
+        "fixed_point": point["fixed_point"].tolist(),
+        "entropy": float(point["entropy"]),
+        "entropy_floor": floor,
+        "settled_after": settled if settled <= rounds else None,
+        "policies": policies.tolist(),
+        "entropies": entropy(policies).tolist(),
+    }

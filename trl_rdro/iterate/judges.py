@@ -5,18 +5,16 @@ A judge compares two completions of a prompt by the probability that the first w
 single completions. Prompts are rows of the data set, whose other columns go to the functions as keyword arguments.
 """
 
-import importlib
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..trainers.dataset_checks import first_example
+from ..errors import UserError, user_error
 from .config import IterateConfig
 from .files import Row, read_rows
+from .functions import ask, load_function, name_of
 
 
 class MissingLabels(ValueError):
@@ -53,7 +51,7 @@ class RewardFunctions(Judge):
         totals = [0.0] * len(completions)
         arguments = {**_columns(rows), "completions": _as_messages(rows, completions)}
         for function, weight in zip(self.functions, self.weights, strict=True):
-            values = _checked(function, function(prompts=[row["prompt"] for row in rows], **arguments), len(rows))
+            values = ask(function, len(rows), prompts=[row["prompt"] for row in rows], **arguments)
             totals = [total + weight * value for total, value in zip(totals, values, strict=True)]
         return totals
 
@@ -66,12 +64,10 @@ class PreferenceFunction(Judge):
 
     def preferences(self, rows, first, second):
         prompts = [row["prompt"] for row in rows]
-        values = self.function(
-            prompts=prompts, first=_as_messages(rows, first), second=_as_messages(rows, second), **_columns(rows)
-        )
-        values = _checked(self.function, values, len(rows))
+        conversations = {"first": _as_messages(rows, first), "second": _as_messages(rows, second)}
+        values = ask(self.function, len(rows), prompts=prompts, **conversations, **_columns(rows))
         if bad := [value for value in values if not 0 <= value <= 1]:
-            raise ValueError(f"`{_name(self.function)}` must return probabilities in [0, 1], got {bad[0]!r}.")
+            raise UserError(f"`{name_of(self.function)}` must return probabilities in [0, 1], got {bad[0]!r}.")
         return values
 
 
@@ -116,38 +112,46 @@ class LabelledPairs(Judge):
 
 
 def make_judge(config: IterateConfig) -> Judge:
-    """The judge that the configuration names. Raises `ValueError` for what cannot be found."""
+    """The judge that the configuration names. Raises `UserError` for what cannot be found."""
     if config.reward_funcs:
         return RewardFunctions([load_function(path) for path in config.reward_funcs], config.reward_weights)
     if config.preference_func:
         return PreferenceFunction(load_function(config.preference_func))
-    path = Path(config.labelled_file)
+    assert config.labelled_file is not None  # one of the three is given
+    return _read_labels(Path(config.labelled_file))
+
+
+def _read_labels(path: Path) -> Judge:
     if not path.is_file():
-        raise ValueError(f"`labelled_file` must be a file of JSON lines, and {path} is not a file.")
-    rows = read_rows(path)
-    columns = set(first_example(rows, "labelled_file"))
-    if {"prompt", "completion", "score"} <= columns:
-        return LabelledScores(rows)
-    if {"prompt", "chosen", "rejected"} <= columns:
-        return LabelledPairs(rows)
-    raise ValueError(
+        raise UserError(f"`labelled_file` must be a file of JSON lines, and {path} is not a file.")
+    with user_error(OSError, ValueError, RecursionError, prefix=f"`labelled_file` {path} is not JSON lines: "):
+        rows = read_rows(path)
+        if not rows or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"`labelled_file` {path} must have a mapping in each line, and at least one.")
+    kinds = ((LabelledScores, ("prompt", "completion", "score")), (LabelledPairs, ("prompt", "chosen", "rejected")))
+    for kind, columns in kinds:
+        if set(columns) <= set(rows[0]):
+            for number, row in enumerate(rows, start=1):
+                _check_label(path, number, row, columns)
+            return kind(rows)
+    raise UserError(
         "`labelled_file` must have the columns prompt, completion, score or prompt, chosen, rejected; it has "
-        f"{', '.join(sorted(columns))}."
+        f"{', '.join(sorted(rows[0]))}."
     )
 
 
-def load_function(path: str) -> Callable[..., list[float]]:
-    """Import `package.module.function`; as in TRL's GRPO script, the working directory is searched first."""
-    module, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"Cannot import the function {path!r} (`package.module.function`): {error}.") from error
-    if not callable(function):
-        raise ValueError(f"{path!r} must be a function, got {type(function).__name__}.")
-    return function
+def _check_label(path: Path, number: int, row: Row, columns: Sequence[str]) -> None:
+    for column in columns:
+        value, where = row.get(column), f"`labelled_file` {path}, row {number}: `{column}`"
+        if column == "score":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UserError(f"{where} must be a finite number, got {value!r}.")
+        elif not isinstance(value, str) and not _is_messages(value):
+            raise UserError(f"{where} must be text or a list of messages, got {value!r}.")
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "content" in m for m in value)
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
@@ -161,20 +165,6 @@ def _as_messages(rows: Sequence[Row], completions: Sequence[str]) -> list[Any]:
         text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
         for row, text in zip(rows, completions, strict=True)
     ]
-
-
-def _name(function: Callable) -> str:
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def _checked(function: Callable, values: Any, expected: int) -> list[float]:
-    values = list(values)
-    if len(values) != expected:
-        raise ValueError(f"`{_name(function)}` must return {expected} values, one for each, got {len(values)}.")
-    for value in values:
-        if value is None or not math.isfinite(value):
-            raise ValueError(f"`{_name(function)}` must return finite numbers, got {value!r}.")
-    return [float(value) for value in values]
 
 
 def _key(*parts: Any) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ def plot_phase_diagram(
     last = len(REGIMES) - 1
     axes.pcolormesh(a, b_lam, diagram["regime"], cmap=ListedColormap(COLOURS), vmin=0, vmax=last, shading="nearest")
     axes.contour(a, b_lam, diagram["margin"], levels=[0], colors="black", linestyles="--")
-    legend = [Patch(color=colour, label=name) for name, colour in zip(REGIMES, COLOURS, strict=True)]
+    legend: list[Artist] = [Patch(color=colour, label=name) for name, colour in zip(REGIMES, COLOURS, strict=True)]
     legend.append(Line2D([], [], color="black", linestyle="--", label="margin 0"))
     if here is not None:
         legend += axes.plot(*here, "k*", markersize=11, label="this loop", linestyle="", clip_on=False)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from trl import get_peft_config, get_quantization_config
 
-from ..compat import trl as trl_compat
+from ..tools.loading import load_model
 
 
 class Policies:
@@ -22,7 +22,8 @@ class Policies:
 
     def __init__(self, args: Any, model_args: Any):
         self.args, self.model_args = args, model_args
-        self._name, self._model = None, None
+        self._name: str | None = None
+        self._model: Any = None
         self.end_tokens: set[int] = set()
 
     @contextmanager
@@ -37,10 +38,10 @@ class Policies:
             self._name, self._model = name, self._load(name)
         if saved is not None and is_adapter:
             load_adapter(self._model, saved)
-        autocast = {"dtype": torch.bfloat16 if self.args.bf16 else torch.float16}
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16
         is_mixed = self.args.bf16 or self.args.fp16
         base = self._model.disable_adapter() if saved is None and is_adapter else nullcontext()
-        with base, torch.no_grad(), torch.autocast(self.args.device.type, **autocast, enabled=is_mixed):
+        with base, torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=is_mixed):
             yield self._model
 
     def close(self) -> None:
@@ -54,18 +55,18 @@ class Policies:
         quantization_config = get_quantization_config(self.model_args)
         if quantization_config is not None:
             kwargs |= {"quantization_config": quantization_config, "device_map": {"": self.args.device}}
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs).eval()
+        model = load_model(name, **kwargs)
         if quantization_config is None:
             model.to(self.args.device)
         ends = model.generation_config.eos_token_id
         self.end_tokens |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
         # What a model's author advises for chats (a temperature, a repetition penalty) is another distribution
         model.generation_config = GenerationConfig()
-        trl_compat.add_fused_lm_head(model)
         if self.model_args.use_peft:
             from peft import get_peft_model  # an optional dependency
 
-            model = get_peft_model(model, get_peft_config(self.model_args)).eval()
+            peft_config: Any = get_peft_config(self.model_args)  # not None, as an adapter is wanted
+            model = get_peft_model(model, peft_config).eval()
         for module in model.modules():
             # On a CPU bitsandbytes 0.50 packs 4-bit weights to sample with them, and does not get the same weights
             # back when it unpacks them for another adapter

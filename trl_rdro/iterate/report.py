@@ -1,6 +1,5 @@
-"""The stability report of a round, its warnings, and the curves of a run."""
+"""The stability report of a round, and its warnings."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from .config import IterateConfig
-from .files import Row
+from .files import Row, read_json, read_rows
 from .judges import Judge, MissingLabels
-from .stability import distance, loss_strength, mean_and_error, near_return, preference_norm, stability_margin
+from .margins import preference_norm, stability_margin
+from .stability import distance, loss_strength, mean_and_error, near_return
 
 
 Figures = dict[str, Any]
@@ -30,8 +30,8 @@ def judge_policy(judge: Judge, rows: list[Row], samples: list[Row], baseline: li
             before = np.reshape(judge.rewards(repeated, old), shape)
             wins = (rewards > before) + 0.5 * (rewards == before)
             change = {"mean": float(rewards.mean() - before.mean())}
-            errors = [mean_and_error(values)["standard_error"] for values in (rewards, before)]
-            change["standard_error"] = float(np.hypot(*errors))
+            error, error_before = (mean_and_error(values)["standard_error"] for values in (rewards, before))
+            change["standard_error"] = float(np.hypot(error, error_before))
             figures |= {"reward": mean_and_error(rewards), "reward_change": change}
         else:
             wins = np.reshape(judge.preferences(repeated, new, old), shape)
@@ -50,9 +50,9 @@ def preference_figures(
     matrices: Sequence[Sequence[Sequence[float]]], config: IterateConfig, args: Any, tokens: float
 ) -> Figures:
     """The norm of the preference matrices of the round's prompts, and with the largest the margin."""
-    norms = [preference_norm(matrix) for matrix in matrices]
+    norms = [float(preference_norm(matrix)) for matrix in matrices]
     strength = loss_strength(args, tokens)
-    margin = None if strength is None else stability_margin(config.a, strength, config.sampling_mix, max(norms))
+    margin = None if strength is None else float(stability_margin(config.a, strength, config.sampling_mix, max(norms)))
     return {"preference_norm": {"largest": max(norms), "mean": float(np.mean(norms))}, "b": strength, "margin": margin}
 
 
@@ -99,50 +99,45 @@ def best_round(reports: Sequence[Figures]) -> int:
     return candidates[-1]["round"]
 
 
-# Figure
+def round_report(
+    root: Path, folders: Sequence[Path], config: IterateConfig, args: Any, judge: Judge, rows: list[Row], base: Figures
+) -> Figures:
+    """
+    The report of the last of these rounds.
 
-# Title, and the figures of each panel
-PANELS = {
-    "reward": ("reward",),
-    "win rate against the start": ("win_rate",),
-    "entropy (nats per completion)": ("entropy",),
-    "distance (nats)": ("distance_to_base", "distance_to_previous", "distance_to_two_rounds_ago"),
-    "stability margin (negative: may be unstable)": ("margin",),
-    "largest norm of P - 1/2": ("preference_norm",),
-}
+    Args:
+        root: where the completions of pi_0 are.
+        folders: of all rounds up to it.
+        rows: of the prompts of the report.
+        base: the figures of pi_0.
+    """
+    folder = folders[-1]
+    monitor, judged = read_rows(folder / "monitor.jsonl"), read_rows(folder / "judged.jsonl")
+    base_samples = read_rows(root / "base.jsonl")
+    tokens = float(np.mean([len(ids) for row in read_rows(folder / "samples.jsonl") for ids in row["completion_ids"]]))
+    probes = [read_json(other / "probe.json") for other in folders]
+    history = [np.asarray(logps) for logps in ([row["policy_logps"] for row in base_samples], *probes)]
+    report = {
+        "round": len(folders) - 1,
+        **judge_policy(judge, rows, monitor, base_samples),
+        "entropy": entropy(monitor),
+        **distance_figures(history),
+        **preference_figures([row["preferences"] for row in judged], config, args, tokens),
+        "tokens_per_completion": tokens,
+        "training_rows": len(read_rows(folder / "train.jsonl")),
+    }
+    report["below_floor"] = report["entropy"]["mean"] < config.entropy_floor * base["entropy"]["mean"]
+    report["warnings"] = warnings_of(report, base["entropy"]["mean"], config)
+    return report
 
 
-def draw_report(result: Figures, path: Path) -> bool:
-    """Draw the curves of a run, or do nothing without matplotlib. Returns whether they were drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.2, 7.2), layout="constrained")
-    points = [{**result["base"], "round": -1}, *result["rounds"]]
-    for axes, (title, names) in zip(figure.subplots(2, 3).ravel(), PANELS.items(), strict=True):
-        for name in names:
-            found = [(point["round"] + 1, point[name]) for point in points if point.get(name) is not None]
-            if not found:
-                continue
-            rounds, values = zip(*found, strict=True)
-            if isinstance(values[0], dict):
-                heights = [value["largest" if "largest" in value else "mean"] for value in values]
-                errors = [value.get("standard_error", 0.0) for value in values]
-            else:
-                heights, errors = values, [0.0] * len(values)
-            label = name.replace("distance_", "").replace("_", " ")
-            axes.errorbar(rounds, heights, yerr=errors, marker="o", capsize=3, label=label)
-        if title.startswith("entropy"):
-            floor = result["entropy_floor"] * result["base"]["entropy"]["mean"]
-            axes.axhline(floor, color="0.5", linestyle="--", label="floor")
-        axes.set(title=title, xlabel="rounds of training")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        if axes.has_data():
-            axes.legend(fontsize="small")
-        else:
-            axes.text(0.5, 0.5, "not known", ha="center", va="center", transform=axes.transAxes)
-    FigureCanvasAgg(figure).print_png(path)
-    return True
+def in_one_line(report: Figures) -> str:
+    """A report for the log."""
+    parts = []
+    for name in ("reward", "reward_change", "win_rate", "entropy"):
+        if (figure := report[name]) is not None:
+            parts.append(f"{name.replace('_', ' ')} {figure['mean']:.3f} ± {figure['standard_error']:.3f}")
+    parts.append(f"distance to the previous round {report['distance_to_previous']:.2f} nats")
+    if report["margin"] is not None:
+        parts.append(f"margin {report['margin']:.2f}")
+    return ", ".join(parts) + "."

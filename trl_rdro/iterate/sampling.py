@@ -20,19 +20,9 @@ from transformers import GenerationConfig
 
 from ..compat import trl as trl_compat
 from .config import IterateConfig
-from .files import Row, read_json, write_json, write_rows
+from .files import read_json, write_json, write_rows
 from .policies import Policies
-
-
-Ids = list[int]
-
-
-@dataclass
-class Prompt:
-    """A row of the data set, and its prompt in tokens."""
-
-    row: Row
-    ids: Ids
+from .prompts import Ids, Prompt
 
 
 @dataclass
@@ -43,20 +33,6 @@ class Generation:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-
-
-def tokenize(tokenizer: Any, rows: Sequence[Row]) -> list[Prompt]:
-    """Rows with their prompts as the model reads them, by the chat template where they are conversations."""
-    prompts = []
-    for row in rows:
-        if isinstance(row["prompt"], str):
-            ids = tokenizer(row["prompt"])["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        prompts.append(Prompt(row, list(ids)))
-    return prompts
 
 
 def seed_of(*place: Any) -> int:

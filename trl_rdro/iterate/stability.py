@@ -1,12 +1,4 @@
-"""
-The quantities that say whether iterated preference training settles (https://huggingface.co/papers/2602.12180).
-
-With P_ij the probability that response i beats j, the population dynamics are
-
-    pi_{t+1} = softmax(a log pi_t + (1 - a) log pi_0 + b P mu_t),    mu_t = lam pi_t + (1 - lam) pi_0
-
-and a + (b lam / 2) ||P - 1/2||_2 < 1 makes them settle from anywhere.
-"""
+"""What a round says about stability: the constant b of its loss, and whether its policy comes back."""
 
 import math
 from collections.abc import Sequence
@@ -42,21 +34,6 @@ def loss_strength(args: Any, tokens: float) -> float | None:
         "ipo": tokens / args.beta,
     }
     return strength.get(loss)
-
-
-def preference_norm(preferences: Sequence[Sequence[float]]) -> float:
-    """||P - 1/2||_2 of the responses at hand: of all possible ones it can only be larger."""
-    return float(np.linalg.norm(np.asarray(preferences, dtype=float) - 0.5, 2))
-
-
-def largest_norm(responses: int) -> float:
-    """The largest ||P - 1/2||_2 that any judge can have on so many responses: that of a strict order."""
-    return 0.5 / math.tan(math.pi / (2 * responses))
-
-
-def stability_margin(a: float, b: float, lam: float, norm: float) -> float:
-    """1 - (a + (b lam / 2) ||P - 1/2||_2). Positive is enough for stability; negative proves nothing by itself."""
-    return 1 - (a + b * lam / 2 * norm)
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> float:

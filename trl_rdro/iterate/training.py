@@ -11,6 +11,7 @@ from transformers import set_seed
 from trl import get_peft_config, get_quantization_config
 
 from ..configs.density_ratio_config import DENSITY_RATIO_LOSSES
+from ..errors import user_error
 from ..trainers.dpo_trainer import DPOTrainer
 from ..trainers.kto_trainer import KTOTrainer
 from .config import IterateConfig
@@ -75,13 +76,14 @@ def _round_args(config: IterateConfig, args: Any, folder: Path, number: int) -> 
 
 def _build(config: IterateConfig, args: Any, model_args: Any, rows: list[Row], previous: Path | None) -> Any:
     is_adapter = model_args.use_peft
-    trainer = TRAINERS[config.method](
-        model=model_args.model_name_or_path if previous is None or is_adapter else str(previous),
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    with user_error(ValueError, OSError, ImportError, NotImplementedError):
+        trainer = TRAINERS[config.method](
+            model=model_args.model_name_or_path if previous is None or is_adapter else str(previous),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
     if previous is not None and is_adapter:
         load_adapter(trainer.model, previous)
     return trainer

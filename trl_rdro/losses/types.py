@@ -89,8 +89,10 @@ def in_use(loss_types: Iterable[str], inner: str | None) -> tuple[str, ...]:
 def column_names(names: Iterable[str]) -> tuple[str, ...]:
     """The columns that these of our losses read, if the data have them, and the weight that every loss reads."""
     losses = [LOSS_TYPES[name] for name in names]
-    read = [column for loss in losses for column in (*loss.columns, *loss.optional_columns, loss.state) if column]
-    return tuple(dict.fromkeys(["weight", *read]))
+    read = ["weight"]
+    for loss in losses:
+        read += [*loss.columns, *loss.optional_columns, *([loss.state] if loss.state else [])]
+    return tuple(dict.fromkeys(read))
 
 
 def sees_differences_only(name: str, inner: str | None) -> bool:

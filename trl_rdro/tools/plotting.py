@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..losses.types import LOSS_TYPES
+from .run_logs import is_number
 
 
 # Title and, as in the trainers' logs, the metrics of each panel. Evaluation metrics have the prefix "eval_".
@@ -112,10 +113,22 @@ def plot_run(log_history: LogHistory | Mapping[str, LogHistory], path: str | Pat
     return plot_log_history(log_history, path, panels or PANELS)
 
 
+def is_drawable(log_history: LogHistory) -> bool:
+    """Whether a run has logged anything that `plot_run` draws."""
+    drawn = {metric for metrics in (PANELS | MORE_PANELS).values() for metric in metrics}
+    return bool(logged_metrics(log_history) & drawn)
+
+
 def logged_metrics(log_history: LogHistory | Mapping[str, LogHistory]) -> set[str]:
     """The metrics in one or several histories, those of evaluations without their prefix."""
     histories = log_history.values() if isinstance(log_history, Mapping) else [log_history]
-    return {key.removeprefix("eval_") for history in histories for row in history for key in row}
+    return {
+        key.removeprefix("eval_")
+        for history in histories
+        for row in history
+        for key, value in row.items()
+        if is_number(value)
+    }
 
 
 def _draw(axes, history: LogHistory, metric: str, colour: str, style: str, label: str) -> None:
@@ -124,6 +137,6 @@ def _draw(axes, history: LogHistory, metric: str, colour: str, style: str, label
         (metric, "train", {"linestyle": style}),
         (f"eval_{metric}", "held-out", {"linestyle": "", "marker": "o", "markersize": 6}),
     ):
-        points = [(row["step"], row[key]) for row in history if key in row]
+        points = [(row["step"], row[key]) for row in history if is_number(row.get(key))]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, label=f"{label} {kind}".strip(), **look)

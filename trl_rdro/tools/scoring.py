@@ -5,15 +5,12 @@ The score of a completion is its log-ratio log p(completion | prompt) - log p_re
 tokens: beta times it is DPO's implicit reward. Rows are prepared, truncated and masked by TRL's own code, and the
 log-probabilities come from its fused head, so the figures are those that training logs.
 
-    policy, reference = load_policy("runs/quickstart")          # a model, or an adapter and what it was trained from
-    rows = prepare(dataset, policy.tokenizer, max_length=1024)
-    logps = completion_logps(policy.model, rows, batch_size=8, description="policy")
-    summary = summarise(rows, logps - reference_logps, groups=["domain"])
+    result = score(dataset, "runs/quickstart", groups=["domain"])    # an adapter against its model, or a model alone
+    result["overall"]["accuracy"]["mean"]
 """
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +18,34 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
+from ..checks.models import check_adapter, check_model
 from ..compat import trl as trl_compat
+from ..errors import UserError, user_error
+from .adapters import as_reference, describe_reference
+from .loading import load_model, loading
+from .score_figures import area_under_curve, mean_and_error, pair_figures, unpaired_figures
 
 
+__all__ = [
+    "Policy",
+    "PreparedRows",
+    "area_under_curve",
+    "completion_logps",
+    "default_dtype",
+    "load_policy",
+    "mean_and_error",
+    "pair_figures",
+    "per_row",
+    "prepare",
+    "score",
+    "summarise",
+    "unpaired_figures",
+]
+# As TRL's `precompute_ref_log_probs` names and reads them; by whether rows are pairs
+REFERENCE_COLUMNS = {True: ("ref_chosen_logps", "ref_rejected_logps"), False: ("ref_logps",)}
 ROW = "trl_rdro_row"  # a row's place in the data set before rows were dropped
 
 
@@ -38,51 +57,43 @@ class Policy:
     """A model that answers with log-probabilities, and the tokenizer that came with it."""
 
     name: str
-    model: torch.nn.Module
+    model: Any  # of transformers, or an adapter of PEFT on one
     tokenizer: Any
     is_adapter: bool
-
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """For an adapter: the model without it."""
-        with self.model.disable_adapter():
-            yield
 
 
 def default_dtype() -> torch.dtype:
     return torch.float32 if PartialState().device.type == "cpu" else torch.bfloat16
 
 
-def load_policy(name: str, dtype: torch.dtype | str, trust_remote_code: bool = False) -> Policy:
+def load_policy(name: str, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False) -> Policy:
     """
     Load a model, or a PEFT adapter on the model that it names, for scoring.
 
     Raises:
-        `ValueError`: for an adapter that changes the output head, which TRL's fused head would pass over.
+        `UserError`: where it cannot be loaded, or is an adapter that does not fit its model.
     """
-    adapter_config = find_adapter_config_file(name)
-    base_name = name
-    if adapter_config is not None:
-        from peft import PeftConfig, PeftModel  # an optional dependency
+    with loading("the model", name, OSError, ValueError, ImportError):
+        is_adapter = find_adapter_config_file(name) is not None
+        base_name = name
+        if is_adapter:
+            from peft import PeftConfig  # an optional dependency
 
-        base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+            base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
     options = {"trust_remote_code": trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(base_name, dtype=dtype, **options)
-    trl_compat.add_fused_lm_head(model)
-    if adapter_config is not None:
-        model = PeftModel.from_pretrained(model, name)
-        if type(model.get_output_embeddings()).__module__.startswith("peft."):
-            raise ValueError(
-                "the adapter changes the output head, which is not supported: merge it into its model "
-                "(merge_and_unload) and score the result"
-            )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError):
-        tokenizer = AutoTokenizer.from_pretrained(base_name, **options)
+    tokenizer = None
+    if is_adapter:
+        with suppress(OSError, ValueError):  # it need not bring one
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    with user_error(ValueError), loading("the model", base_name, OSError):
+        files = check_model(base_name, None, trust_remote_code, tokenizer)
+        if is_adapter:
+            check_adapter(name)
+    model = load_model(base_name, name if is_adapter else None, dtype=dtype or default_dtype(), **options)
+    tokenizer = getattr(files.processing_class, "tokenizer", files.processing_class)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Policy(name, model.eval().to(PartialState().device), tokenizer, adapter_config is not None)
+    return Policy(name, model.to(PartialState().device), tokenizer, is_adapter)
 
 
 # Data
@@ -159,59 +170,17 @@ def completion_logps(
     return result if rows.is_paired else result[:, 0]
 
 
-# Figures
+def stored_reference(rows: PreparedRows) -> torch.Tensor | None:
+    """The reference's log-probabilities that the data set brings, shaped as `completion_logps`, or None."""
+    names = REFERENCE_COLUMNS[rows.is_paired]
+    if not {*names} <= {*rows.dataset.column_names}:
+        return None
+    with user_error(TypeError, ValueError, prefix=f"{' and '.join(names)} must hold numbers: "):
+        columns = [torch.tensor(rows.dataset.with_format(None)[name][:], dtype=torch.float64) for name in names]
+    return torch.stack(columns, dim=1) if rows.is_paired else columns[0]
 
 
-def mean_and_error(values: torch.Tensor) -> dict[str, float | None]:
-    """The mean of one value per row, and its standard error (None for fewer than two)."""
-    n = len(values)
-    if n == 0:
-        return {"mean": None, "standard_error": None}
-    return {
-        "mean": values.mean().item(),
-        "standard_error": (values.std() / math.sqrt(n)).item() if n > 1 else None,
-    }
-
-
-def pair_figures(scores: torch.Tensor) -> dict[str, Any]:
-    """Of `(n, 2)` scores: accuracy (a tie counts one half), margin, and the mean score of each side."""
-    chosen, rejected = scores.unbind(dim=1)
-    correct = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-    return {
-        "n": len(scores),
-        "accuracy": mean_and_error(correct),
-        "margin": mean_and_error(chosen - rejected),
-        "chosen": mean_and_error(chosen),
-        "rejected": mean_and_error(rejected),
-    }
-
-
-def unpaired_figures(scores: torch.Tensor, preferred: torch.Tensor) -> dict[str, Any]:
-    """Of `(n,)` scores and labels: the mean score of each class, and the AUC, the chance that a preferred completion
-    scores above a non-preferred one (ties count one half), with DeLong's standard error."""
-    above, below = scores[preferred], scores[~preferred]
-    return {
-        "n": len(scores),
-        "auc": area_under_curve(above, below),
-        "preferred": {"n": len(above), **mean_and_error(above)},
-        "non_preferred": {"n": len(below), **mean_and_error(below)},
-    }
-
-
-def area_under_curve(above: torch.Tensor, below: torch.Tensor) -> dict[str, float | None]:
-    if not len(above) or not len(below):
-        return {"mean": None, "standard_error": None}
-
-    def share_below(values, others):  # (n,), each value's share of the others below it
-        others = others.sort().values
-        left, right = torch.searchsorted(others, values), torch.searchsorted(others, values, right=True)
-        return (left + right).double() / (2 * len(others))
-
-    placements = share_below(above, below), 1 - share_below(below, above)
-    error = None
-    if min(len(above), len(below)) > 1:
-        error = math.sqrt(sum((values.var() / len(values)).item() for values in placements))
-    return {"mean": placements[0].mean().item(), "standard_error": error}
+# Results
 
 
 def summarise(rows: PreparedRows, scores: torch.Tensor, groups: list[str] | None = None) -> dict[str, Any]:
@@ -244,3 +213,68 @@ def per_row(rows: PreparedRows, scores: torch.Tensor) -> list[dict[str, Any]]:
         {"row": row, "label": label, "score": score}
         for row, label, score in zip(numbers, labels, scores.tolist(), strict=True)
     ]
+
+
+def score(
+    dataset: Dataset,
+    model: str,
+    reference: str | None = None,
+    groups: list[str] | None = None,
+    batch_size: int = 8,
+    max_length: int | None = 1024,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """
+    Score a data set of pairs or labelled completions: all that `trl-rdro score` prints and writes of it.
+
+    Args:
+        dataset: columns prompt, chosen, rejected, or prompt, completion, label.
+        model: a directory or hub id, of a model or an adapter.
+        reference: another one, or None for what the data set brings (`REFERENCE_COLUMNS`), else for the reference that
+            an adapter was trained against; a model with neither has plain log-probabilities.
+        groups: columns whose values are summarised too.
+        max_length: tokens that a row is truncated to, as in training; None for all.
+        dtype: of the weights, or None for bfloat16 on an accelerator and float32 on a CPU.
+
+    Raises:
+        `UserError`: where a model cannot be loaded, no row is left, or the scores are not finite or not comparable.
+
+    (Longer than most functions for its arguments and what it returns.)
+    """
+    policy = load_policy(model, dtype, trust_remote_code)
+    with user_error(Exception, prefix="TRL cannot prepare these rows: "):
+        rows = prepare(dataset, policy.tokenizer, max_length)
+    if not len(rows.dataset):
+        raise UserError(f"no row has a prompt shorter than max_length {max_length}: raise it")
+    loaded_dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
+
+    scores = completion_logps(policy.model, rows, batch_size, "model")
+    if reference is not None:
+        vocabulary = policy.tokenizer.get_vocab()
+        del policy.model  # one model at a time
+        policy = load_policy(reference, dtype, trust_remote_code)
+        if policy.tokenizer.get_vocab() != vocabulary:
+            raise UserError(f"{reference} has another vocabulary than {model}: their log-ratio means nothing")
+        scores -= completion_logps(policy.model, rows, batch_size, "reference")
+    elif (stored := stored_reference(rows)) is not None:
+        reference = "the data set's own, " + " and ".join(REFERENCE_COLUMNS[rows.is_paired])
+        scores -= stored
+    elif policy.is_adapter:
+        reference = describe_reference(policy.model)
+        scores -= completion_logps(policy.model, rows, batch_size, "reference", as_reference(policy.model))
+    if not scores.isfinite().all():
+        raise UserError(f"the scores are not finite in {loaded_dtype}: try dtype float32 (float16 overflows easily)")
+    return {
+        "model": model,
+        "reference": reference,
+        "score": "log-probability" if reference is None else "log-ratio",
+        "format": "pairs" if rows.is_paired else "labelled completions",
+        "rows": len(dataset),
+        "dropped": rows.dropped,
+        "truncated": rows.truncated,
+        "max_length": max_length,
+        "dtype": loaded_dtype,
+        **summarise(rows, scores, groups),
+        "scores": per_row(rows, scores),
+    }

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from ..losses.types import LOSS_TYPES
+from .hosts import Host
+
 
 # Names and dtypes. Labels of any kind become numbers, so that a batch holds nothing but tensors.
 COLUMNS = {
@@ -66,7 +69,15 @@ def weighted(values: torch.Tensor, columns: dict[str, torch.Tensor]) -> torch.Te
     return columns["weight"] * values if "weight" in columns else values
 
 
-class Columns:
+def needed_columns(names: tuple[str, ...], config: Any) -> tuple[str, ...]:
+    """The columns that these of our losses cannot do without under this `DPOConfig`."""
+    needed = [column for name in names for column in LOSS_TYPES[name].columns]
+    if "mrpo" in names and config.mrpo_reference is None:
+        needed += LOSS_TYPES["mrpo"].optional_columns
+    return tuple(dict.fromkeys(needed))
+
+
+class Columns(Host):
     """Mixin of the trainers, before TRL's class: the columns `_column_names` reach `compute_loss` in the batch."""
 
     _column_names: tuple[str, ...]  # set before TRL's constructor
@@ -76,7 +87,8 @@ class Columns:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self._column_names if name not in self._signature_columns]
+        theirs: list[str] = self._signature_columns or []
+        self._signature_columns: Any = [*theirs, *(name for name in self._column_names if name not in theirs)]
 
     def compute_ref_log_probs(self, model, inputs):
         # With the collator's columns where log-probabilities are precomputed for a set that `evaluate` was given

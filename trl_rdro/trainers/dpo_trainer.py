@@ -1,26 +1,20 @@
 """TRL's `DPOTrainer` with the losses of trl_rdro."""
 
-from functools import partial
 from typing import Any
 
 import torch
 import trl
 
+from ..checks.datasets import check_datasets
 from ..compat import trl as trl_compat
 from ..configs.dpo_config import DPOConfig
 from ..losses.types import LOSS_TYPES, column_names, in_use
 from . import objectives
-from .columns import Columns, split_columns, weighted
+from .checked_inputs import CheckedInputs
+from .columns import Columns, needed_columns, split_columns, weighted
 from .common import describe_in_model_card, require_own_config
-from .dataset_checks import (
-    check_datasets,
-    require_known_groups,
-    require_loss_columns,
-    require_preference_columns,
-    require_second_reference,
-)
 from .input_gradient_penalty import InputGradientPenalty
-from .loss_state import StatefulLosses
+from .loss_state import StatefulLosses, require_known_groups
 from .reweighting import Reweighting
 from .safeguards import Safeguards
 from .second_reference import SecondReference
@@ -28,7 +22,14 @@ from .step import split_step, with_steps
 
 
 class DPOTrainer(
-    Reweighting, InputGradientPenalty, StatefulLosses, SecondReference, Columns, Safeguards, trl.DPOTrainer
+    Reweighting,
+    InputGradientPenalty,
+    StatefulLosses,
+    SecondReference,
+    Columns,
+    Safeguards,
+    CheckedInputs,
+    trl.DPOTrainer,
 ):
     """
     [`trl.DPOTrainer`] whose `loss_type` can also be `"ddro"`, `"rdro"`, `"kldpo"` or `"wdpo"`, alone or in a weighted
@@ -50,6 +51,8 @@ class DPOTrainer(
         `TypeError`: for one of our losses in a plain `trl.DPOConfig`, which lacks their fields.
     """
 
+    args: DPOConfig
+    _method = "dpo"
     _reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def __init__(
@@ -60,6 +63,7 @@ class DPOTrainer(
         data_collator=None,
         train_dataset=None,
         eval_dataset=None,
+        processing_class=None,
         *rest,
         **kwargs,
     ):
@@ -68,25 +72,28 @@ class DPOTrainer(
         requested = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
         ours = [loss_type for loss_type in requested if loss_type in LOSS_TYPES]
         require_own_config(args, ours, DPOConfig)
-        example = check_datasets(require_preference_columns, train_dataset, eval_dataset)
+        self._used = in_use(requested, args.inner_loss_type) if ours else ()
+        self._column_names = column_names(self._used)
+        self._needed_columns = needed_columns(self._used, args)
+        train_dataset, eval_dataset, example = check_datasets(
+            self._method, train_dataset, eval_dataset, self._needed_columns, self._column_names
+        )
         if "wdpo" in ours and example.keys() & {"image", "images"}:
             raise ValueError("`wdpo` perturbs text embeddings and is not defined for image data.")
-        self._ours = ours
-        self._used = in_use(requested, args.inner_loss_type) if ours else ()
-        check_datasets(partial(require_loss_columns, loss_types=self._used), train_dataset, eval_dataset)
         if "grdpo" in ours:
             require_known_groups(train_dataset, eval_dataset)
-        if "mrpo" in self._used and args.mrpo_reference is None:
-            check_datasets(require_second_reference, train_dataset, eval_dataset)
-        self._column_names = column_names(self._used)
         if "weight" in example and (sorting := {"aot", "aot_unpaired"}.intersection(requested)):
             raise ValueError(
                 f"The column `weight` cannot be combined with `{sorting.pop()}`, which sorts the pairs of a batch, so "
                 "that a weight belongs to no pair. Remove the column, or use another loss."
             )
+        self._check_model(model, args, processing_class)
+        self._ours = ours
         describe_in_model_card(self, ours)
-        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
-        self._set_up_safeguards(given_reference=ref_model is not None)
+        super().__init__(
+            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
+        )
+        self._set_up_safeguards(model, given_reference=ref_model is not None)
         self._set_up_columns()
         self._set_up_input_gradient_penalty()
         self._set_up_loss_state()
@@ -106,13 +113,16 @@ class DPOTrainer(
         inputs, columns = split_columns(inputs)
         their_weights = None if "weight" in inputs else columns.get("weight")  # TRL's, once it reads them itself
         if not ours and their_weights is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with trl_compat.unchanged_requires_grad(self.model):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs, step = split_step(inputs)
         # The reference first: its activations are gone before those of the policy come
         ref_logps = trl_compat.pair_reference_logps(self, inputs) if step.ref_logps is None else step.ref_logps
         columns = self._complete(columns, inputs, ref_logps) if step.columns is None else step.columns
-        grad_norms, metrics = None, {}
+        if step.noise is not None:
+            step.noise.restore()
+        grad_norms, metrics = None, dict[str, torch.Tensor]()
         if self._is_penalised(step.index):
             outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, columns, metrics)
         else:
@@ -140,14 +150,16 @@ class DPOTrainer(
                     values = values + self._penalty(grad_norms, columns, metrics)
             our_losses[name] = step.scale * values.mean()
         if ours:
-            means = self._record(our_losses, metrics, by_class)
+            means = self._record(our_losses, metrics, lambda: by_class, len(logratios) // 2)
             self._adapt_finite_difference(means)
 
         loss = sum(weight * our_losses[name] for name, weight in ours)
         result = trl_compat.pair_loss_and_metrics(
             self, model, inputs, outputs, ref_logps, theirs, return_outputs, their_weights
         )
-        return (loss + result[0], result[1]) if return_outputs else loss + result
+        if return_outputs:
+            return loss + step.scale * result[0], result[1]
+        return loss + step.scale * result
 
     def _logratios(self, log_probs: torch.Tensor, inputs: dict[str, Any], ref_logps: torch.Tensor) -> torch.Tensor:
         """z of the completions, `(2n,)`: chosen, then rejected."""
@@ -157,8 +169,8 @@ class DPOTrainer(
         self, name: str, logratios: torch.Tensor, inputs: dict[str, Any], columns: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """The pair loss called `name`, `(n,)`, of `(2n,)` log-ratios."""
-        chosen, rejected, lengths, columns = self._pairs(logratios, inputs, columns)
-        return objectives.pair_loss(name, chosen, rejected, lengths, self.args, columns)
+        pairs = self._pairs(logratios, inputs, columns)
+        return objectives.pair_loss(name, *pairs[:3], self.args, pairs.columns)
 
     def _complete(
         self, columns: dict[str, torch.Tensor], inputs: dict[str, Any], ref_logps: torch.Tensor
@@ -171,7 +183,8 @@ class DPOTrainer(
         self, logratios: torch.Tensor, inputs: dict[str, Any], columns: dict[str, torch.Tensor]
     ) -> objectives.Pairs:
         lengths = inputs["completion_mask"].sum(dim=1).clamp(min=1).view(2, -1)
-        return objectives.Pairs(*logratios.chunk(2), lengths, columns)
+        chosen, rejected = logratios.chunk(2)
+        return objectives.Pairs(chosen, rejected, lengths, columns)
 
     def _density_ratio_loss(
         self, name: str, logratios: torch.Tensor, metrics: dict[str, torch.Tensor]
@@ -182,4 +195,5 @@ class DPOTrainer(
         if beyond_cap is not None:
             chosen, rejected = beyond_cap.float().chunk(2)
             metrics |= {f"{name}/capped_chosen": chosen.mean(), f"{name}/capped_rejected": rejected.mean()}
-        return sum(values.chunk(2))
+        of_chosen, of_rejected = values.chunk(2)
+        return of_chosen + of_rejected

@@ -1,5 +1,6 @@
 """Warnings that a run is not doing what it was started for. Each is one sentence, given once."""
 
+from collections import deque
 from typing import Any
 
 from ..log import get_logger
@@ -10,9 +11,17 @@ logger = get_logger(__name__)
 
 STEPS_TO_MOVE = 20
 MOVED = 1e-6  # nats of mean log-ratio
-FEW_PAIRS = 0.1  # of the batch
+FEW_PAIRS = 0.1  # of the step's, and
+FEWEST_PAIRS = 2  # that carry its gradient
 MANY_CAPPED = 0.2  # of a class
-LARGE_GAP = 0.1
+COMPLETIONS = 50  # of a class, over which the capped share is taken
+CAPPED_ADVICE = {
+    "rejected": "Lower the learning rate, use `rdro`, or lower `ddro_cap`, which bounds the gradient there.",
+    "chosen": "No completion can be that much likelier under p+ than under the mixture that the reference should be, "
+    "so the reference is not the mixture of the training completions: `rdro` stands that better, and fitting "
+    "the reference to both classes first mends it.",
+}
+LARGE_GAP = 0.03
 STEPS_WITH_LARGE_GAP = 5
 
 
@@ -29,36 +38,59 @@ class GuardRails:
         self.first_step: int | None = None
         self.moved = False
         self.large_gaps = 0
+        self.capped: dict[str, deque] = {}
 
-    def watch(self, step: int, metrics: dict[str, float]) -> None:
-        """Take in the metrics of one micro-batch of optimiser step `step`, the same on every rank."""
+    def watch(self, step: int, metrics: dict[str, float], pairs: int, completions: int) -> None:
+        """Take in the metrics of one micro-batch of optimiser step `step`, the same on every rank.
+
+        Args:
+            pairs: of the whole step, over ranks and micro-batches.
+            completions: of each class in this micro-batch, over ranks.
+        """
         self._watch_start(step, metrics)
-        self._watch_weights(step, metrics)
-        self._watch_caps(step, metrics)
+        self._watch_weights(step, metrics, pairs)
+        self._watch_caps(step, metrics, completions)
         self._watch_gap(step, metrics)
 
-    def _watch_weights(self, step: int, metrics: dict[str, float]) -> None:
+    def _watch_weights(self, step: int, metrics: dict[str, float], pairs: int) -> None:
         for name, loss in LOSS_TYPES.items():
-            share = metrics.get(f"{name}/effective_sample_size", 1.0)
-            if share < FEW_PAIRS:
+            share = metrics.get(f"{name}/effective_sample_size")
+            if share is None or loss.temperature is None:
+                continue
+            if pairs == 1:
+                self.warn_once(
+                    f"{name} one pair",
+                    f"`{name}` weighs the pairs of an optimiser step, and this one has a single pair: it is its inner "
+                    "loss alone. Raise `per_device_train_batch_size` or `gradient_accumulation_steps`.",
+                )
+            elif share * pairs < max(FEWEST_PAIRS, FEW_PAIRS * pairs):
                 self.warn_once(
                     f"{name} weights",
-                    f"`{name}` at step {step}: the effective sample size is {share:.1%} of the batch, so a few pairs "
-                    f"carry the whole gradient. Raise `{loss.temperature}` (now "
+                    f"`{name}` at step {step}: the effective sample size is {share * pairs:.1f} of the step's {pairs} "
+                    f"pairs ({share:.1%}), so a few pairs carry the whole gradient. Raise `{loss.temperature}` (now "
                     f"{getattr(self.args, loss.temperature)}) or the batch size.",
                 )
 
-    def _watch_caps(self, step: int, metrics: dict[str, float]) -> None:
+    def _watch_caps(self, step: int, metrics: dict[str, float], completions: int) -> None:
         for name in of_family("density_ratio"):
-            for side in ("chosen", "rejected"):
-                share = metrics.get(f"{name}/capped_{side}", 0.0)
-                if share > MANY_CAPPED:
-                    self.warn_once(
-                        f"{name} {side}",
-                        f"`{name}` at step {step}: {share:.0%} of the {side} completions lie beyond the cap, where "
-                        "the loss goes on linearly. Lower the learning rate, use `rdro`, or raise "
-                        f"`{name}_cap` (now {getattr(self.args, f'{name}_cap')}).",
-                    )
+            for side, advice in CAPPED_ADVICE.items():
+                key = f"{name}/capped_{side}"
+                if key in metrics:
+                    self.capped.setdefault(key, deque()).append((metrics[key] * completions, completions))
+                    share = self._recent_share(self.capped[key])
+                    if share is not None and share > MANY_CAPPED:
+                        self.warn_once(
+                            key,
+                            f"`{name}` at step {step}: {share:.0%} of the last {side} completions lie beyond the cap, "
+                            f"where the loss goes on linearly. {advice}",
+                        )
+
+    def _recent_share(self, seen: deque) -> float | None:
+        """Of the last `COMPLETIONS` or more, or None for fewer."""
+        while sum(count for _, count in seen) - seen[0][1] >= COMPLETIONS:
+            seen.popleft()
+        total = sum(count for _, count in seen)
+        return sum(capped for capped, _ in seen) / total if total >= COMPLETIONS else None
 
     def _watch_start(self, step: int, metrics: dict[str, float]) -> None:
         if self.moved:
@@ -71,7 +103,9 @@ class GuardRails:
                 "start",
                 f"After {step - self.first_step} steps the policy still equals the reference model, and the loss its "
                 "constant there. Look for a learning rate of 0 (or too small for the parameters' dtype), frozen "
-                "parameters or adapter, and precomputed reference log-probabilities that belong to another model.",
+                "parameters or adapter, a reference that follows the policy at every step (`sync_ref_model` with "
+                "`ref_model_sync_steps: 1`), and precomputed reference log-probabilities that belong to another "
+                "model.",
             )
 
     def _watch_gap(self, step: int, metrics: dict[str, float]) -> None:
@@ -83,8 +117,10 @@ class GuardRails:
                 "wdpo",
                 f"`wdpo` at step {step}: the central difference has been off by more than {LARGE_GAP:.0%} for "
                 f"{self.large_gaps} micro-batches (now {metrics['wdpo/gap']:.1%} with a relative step of "
-                f"{metrics['wdpo/eps']:.1e}), so the penalty's gradient is inexact. Compute in float32 or bfloat16 "
-                "with float32 weights, or set `wdpo_eps` by hand.",
+                f"{metrics['wdpo/eps']:.1e}): that is the error of the penalty's gradient, and the base loss's, read "
+                "from the same two points, is off by three times as much. Too large a step for a sharp loss (a large "
+                "`beta`, a trained model) does it, too small a one in half precision, and a forward that is not the "
+                "same twice. Compute in float32 or in bfloat16 with float32 weights, or set `wdpo_eps` by hand.",
             )
 
     def warn_once(self, key: str, sentence: str) -> None:

@@ -18,6 +18,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .noise import NoiseState
+
 
 @contextmanager
 def hooked(module: nn.Module, hook: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
@@ -61,7 +63,7 @@ def input_gradient(
     Returns:
         The output, whose values belong to the unperturbed model, and the gradients.
     """
-    captured = []
+    captured: list[Any] = []  # the embeddings and the dtype of the forward
 
     def capture(output: torch.Tensor) -> torch.Tensor:
         device = output.device.type
@@ -71,53 +73,84 @@ def input_gradient(
 
     with torch.enable_grad(), hooked(embedding, capture):
         outputs = forward()
-        total = pair_loss(outputs.log_probs).sum()
         embeddings, dtype = captured
-        (gradient,) = torch.autograd.grad(total, embeddings)
-    norms = _pair_norms(gradient)
-    direction = gradient.float() / norms.clamp(min=torch.finfo(norms.dtype).tiny).repeat(2).view(-1, 1, 1)
+        (slopes,) = torch.autograd.grad(pair_loss(outputs.log_probs).sum(), outputs.log_probs, retain_graph=True)
+        scales = _power_of_two_scales(slopes)
+        (scaled,) = torch.autograd.grad(
+            outputs.log_probs, embeddings, grad_outputs=slopes * scales.repeat(2).unsqueeze(1)
+        )
+    scaled_norms = _pair_norms(scaled)
+    direction = scaled.float() / scaled_norms.clamp(min=torch.finfo(scaled_norms.dtype).tiny).repeat(2).view(-1, 1, 1)
     embedding_norms = _pair_norms(embeddings.detach() * mask.unsqueeze(-1))
-    return outputs, InputGradient(norms, direction, embedding_norms, dtype)
+    return outputs, InputGradient(scaled_norms / scales, direction, embedding_norms, dtype)
+
+
+def _power_of_two_scales(slopes: torch.Tensor) -> torch.Tensor:
+    """Factors `(n,)` that bring the largest of each pair's `(2n, length - 1)` slopes to between .05 and .1, exactly.
+
+    Without them the squares of a pair with a large margin vanish in float32, and its direction with them, and with a
+    small beta the gradient itself vanishes in float16 on its way to the embeddings.
+    """
+    chosen, rejected = slopes.abs().amax(dim=1).float().chunk(2)
+    largest = torch.maximum(chosen, rejected)
+    return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(0.1 / largest)).clamp(-100, 100)), 1.0)
+
+
+def _adding(shift: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda output: output + shift.to(output.dtype)
 
 
 def perturbed_slopes(
-    forward: Callable[[], Any],
+    forward: Callable[[int], Any],
     embedding: nn.Module,
     pair_loss: Callable[[torch.Tensor], torch.Tensor],
     gradient: InputGradient,
     step: float,
-) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Central differences along the gradient, with their graph, in one forward of the doubled batch: the wrappers of
-    distributed training expect one forward for one backward.
+    noise: NoiseState | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Central differences along the gradient, with their graph.
+
+    Without noise in one forward of the doubled batch [e + h v, e - h v]: the wrappers of distributed training expect
+    one forward for one backward. With noise in two, each with that of the forward that gave the gradient: a doubled
+    batch would draw other masks for its second half.
 
     Args:
-        forward: makes the forward pass of [e + h v, e - h v], `(4n, length)`.
+        forward: makes the forward pass of so many copies of the batch, `(copies * 2n, length)`.
         step: h relative to ||e|| of the pair.
+        noise: the state before the forward that gave `gradient`, if that drew from it.
 
     Returns:
-        The `(n,)` slopes, the `(2n, length - 1)` mean of the log-probabilities at the two points, and the output.
+        The `(n,)` slopes, the `(2n, length - 1)` mean of the log-probabilities at the two points, and the mean of the
+        outputs' `aux_loss`, if they have one.
     """
     h = step * gradient.embedding_norms
     shift = gradient.direction * h.repeat(2).view(-1, 1, 1)
-    shift = torch.cat([shift, -shift])
-    with hooked(embedding, lambda output: output + shift.to(output.dtype)):
-        outputs = forward()
-    plus, minus = outputs.log_probs.chunk(2)
+    sides = [torch.cat([shift, -shift])] if noise is None else [shift, -shift]
+    outputs = []
+    for side in sides:
+        if noise is not None:
+            noise.restore()
+        with hooked(embedding, _adding(side)):
+            outputs.append(forward(2 // len(sides)))
+    plus, minus = torch.cat([output.log_probs for output in outputs]).chunk(2)
     slopes = (pair_loss(plus) - pair_loss(minus)) / (2 * h)
-    return slopes, (plus + minus) / 2, outputs
+    aux_losses = [output.aux_loss for output in outputs if output.aux_loss is not None]
+    return slopes, (plus + minus) / 2, sum(aux_losses) / len(aux_losses) if aux_losses else None
 
 
 class FiniteDifferenceStep(TrainerCallback, ExportableState):
     """The step of the central difference relative to ||e||, found by the gap it leaves.
 
     Too large a step is wrong by the loss's curvature, too small a one by rounding, so neither direction is right in
-    advance: the step is halved until that makes the gap worse, then doubled, and so on. It is a callback in order that
-    it is saved with each checkpoint, and a resumed run continues with the same steps.
+    advance: the step is halved until that makes the gap worse, then doubled, and so on. It never gets above
+    `LARGEST_STEP`: the gradient of the base loss is read from the same two points, and is off by three times the gap.
+    It is a callback in order that it is saved with each checkpoint, and a resumed run continues with the same steps.
     """
 
-    DEFAULTS = {torch.float16: 1e-2, torch.bfloat16: 1e-2}  # others: 1e-3
+    DEFAULTS = {torch.float16: 5e-3, torch.bfloat16: 5e-3}  # others: 1e-3
+    LARGEST_STEP = 2e-2
     GOOD_GAP = 0.02
-    SMALLEST, LARGEST = 2.0**-8, 2.0**4
+    SMALLEST, LARGEST = 2.0**-8, 2.0**5
 
     def __init__(self):
         self.scale = 1.0
@@ -126,7 +159,7 @@ class FiniteDifferenceStep(TrainerCallback, ExportableState):
 
     def relative_step(self, dtype: torch.dtype) -> float:
         """h / ||e|| for a model that computes in `dtype`."""
-        return self.scale * self.DEFAULTS.get(dtype, 1e-3)
+        return min(self.scale * self.DEFAULTS.get(dtype, 1e-3), self.LARGEST_STEP)
 
     def adapt(self, gap: float) -> None:
         """Take in the relative gap that the present step has left. The same on every rank."""

@@ -7,10 +7,12 @@ import torch
 from .. import losses
 from ..compat import engines
 from ..compat import trl as trl_compat
+from .hosts import PairHost
 from .input_gradient import FiniteDifferenceStep, input_gradient, perturbed_slopes
+from .noise import NoiseState
 
 
-class InputGradientPenalty:
+class InputGradientPenalty(PairHost):
     """Mixin of `DPOTrainer`, before TRL's class: the norm of the gradient of each pair's loss with respect to its
     embeddings, and the penalty on it. See `input_gradient.py` for the mathematics."""
 
@@ -45,6 +47,7 @@ class InputGradientPenalty:
             logratios = self._logratios(log_probs, inputs, ref_logps)
             return self._pair_loss(self.args.inner_loss_type, logratios, inputs, columns)
 
+        noise = NoiseState(self.accelerator.device)
         bare_model, embedding = self._unwrapped(model)  # bare: no gradient is to be reduced for its forward
         with engines.non_reentrant_checkpointing(self), engines.frozen_head(bare_model):
             outputs, gradient = input_gradient(
@@ -57,15 +60,20 @@ class InputGradientPenalty:
             return outputs, gradient.norms
 
         relative_step = self.args.wdpo_eps or self._finite_difference_step.relative_step(gradient.dtype)
-        doubled = {key: torch.cat([value, value]) for key, value in inputs.items()}
-        slopes, log_probs, perturbed = perturbed_slopes(
-            lambda: trl_compat.policy_forward(self, model, doubled), embedding, pair_loss, gradient, relative_step
+        slopes, log_probs, outputs.aux_loss = perturbed_slopes(
+            lambda copies: trl_compat.policy_forward(
+                self, model, {key: torch.cat([value] * copies) for key, value in inputs.items()}
+            ),
+            embedding,
+            pair_loss,
+            gradient,
+            relative_step,
+            noise if noise.was_drawn_from() else None,
         )
         total = gradient.norms.sum()
         metrics["wdpo/gap"] = (slopes.detach() - gradient.norms).abs().sum() / total.clamp(min=1e-30)
         metrics["wdpo/eps"] = total.new_full((), relative_step)
         outputs.log_probs = _value_and_gradient(outputs.log_probs, log_probs)
-        outputs.aux_loss = perturbed.aux_loss
         return outputs, _value_and_gradient(gradient.norms, slopes)
 
     def _unwrapped(self, model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:

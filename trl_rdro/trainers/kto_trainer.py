@@ -1,20 +1,22 @@
 """TRL's `KTOTrainer`, for labelled completions without pairs, with the density-ratio losses of trl_rdro."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import trl
 from datasets import Dataset, IterableDataset
 
 from .. import losses
+from ..checks.datasets import check_datasets
 from ..compat import trl as trl_compat
 from ..configs.kto_config import KTOConfig
 from ..log import get_logger
 from ..losses.types import LOSS_TYPES
 from . import objectives
+from .checked_inputs import CheckedInputs
 from .columns import Columns, split_columns, weighted
 from .common import describe_in_model_card, require_own_config
-from .dataset_checks import check_datasets, require_unpaired_columns
 from .safeguards import Safeguards
 from .step import split_step, with_steps
 
@@ -22,15 +24,16 @@ from .step import split_step, with_steps
 logger = get_logger(__name__)
 
 
-class KTOTrainer(Columns, Safeguards, trl.KTOTrainer):
+class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
     """
     [`trl.KTOTrainer`] whose `loss_type` can also be `"ddro"` or `"rdro"`. Takes the same arguments; runs with TRL's
     own losses are TRL's, to the last bit.
 
     The objective is E_{p+}[preferred term] + E_{p-}[non-preferred term]. Each sample is weighted by its class, 1/pi or
     1/(1 - pi), with pi the preferred fraction of the training set, so that the estimate is unbiased for every
-    composition of a batch, and the result converges to p+ also when the classes are unequal. Evaluation uses the same
-    weights. There is no KL batch, no KL forward pass, and the order of the training set is random.
+    composition of a batch, and the result converges to p+ also when the classes are unequal. An evaluation set is
+    weighted by its own fraction, so that its loss estimates the same sum; a streaming one, or one with one class only,
+    by that of the training set. There is no KL batch, no KL forward pass, and the order of the training set is random.
 
     Logged beside TRL's metrics: `logratios/chosen` and `logratios/rejected`, the mean log-ratio to the reference model
     per class, in nats; `share/chosen` and `share/rejected`, the share of each class among the completions seen; for
@@ -45,6 +48,8 @@ class KTOTrainer(Columns, Safeguards, trl.KTOTrainer):
         `TypeError`: for one of our losses in a plain `trl.KTOConfig`, which lacks their fields.
     """
 
+    args: KTOConfig
+    _method = "kto"
     _reference_columns = ("ref_logps",)
     _column_names = ("weight",)
 
@@ -56,6 +61,7 @@ class KTOTrainer(Columns, Safeguards, trl.KTOTrainer):
         data_collator=None,
         train_dataset=None,
         eval_dataset=None,
+        processing_class=None,
         *rest,
         **kwargs,
     ):
@@ -63,10 +69,17 @@ class KTOTrainer(Columns, Safeguards, trl.KTOTrainer):
             args = KTOConfig(f"{trl_compat.model_name(model)}-KTO")
         ours = [args.loss_type] if args.loss_type in LOSS_TYPES else []
         require_own_config(args, ours, KTOConfig)
-        example = check_datasets(require_unpaired_columns, train_dataset, eval_dataset)
+        train_dataset, eval_dataset, example = check_datasets(
+            self._method, train_dataset, eval_dataset, read=self._column_names
+        )
         if ours and example.keys() & {"image", "images"}:
             raise ValueError(f"`{args.loss_type}` is not implemented for unpaired image data. Use `DPOTrainer`.")
-        self.preferred_fraction = args.preferred_fraction if ours else None
+        if args.loss_type == "kto" and "prompt_ids" in example and not {"completion", "chosen"} & example.keys():
+            raise ValueError(
+                "`train_dataset` is tokenised already (`prompt_ids`), and the loss `kto` needs the text for its "
+                "estimate of the KL divergence. Give the text columns, or use another loss."
+            )
+        self.preferred_fraction: float | None = args.preferred_fraction if ours else None
         if ours and self.preferred_fraction is None and isinstance(train_dataset, IterableDataset):
             if not {"chosen", "rejected"} <= example.keys():
                 raise ValueError(
@@ -74,12 +87,16 @@ class KTOTrainer(Columns, Safeguards, trl.KTOTrainer):
                     "streaming `train_dataset`. Set `preferred_fraction`, or load the data set without streaming."
                 )
             self.preferred_fraction = 0.5  # pairs
+        self._check_model(model, args, processing_class)
         describe_in_model_card(self, ours)
         self._ours = ours
+        self._evaluated_fraction = self.preferred_fraction
         with trl_compat.without_kl(args) if ours else nullcontext():
-            super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+            super().__init__(
+                model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
+            )
         self.loss_type = args.loss_type
-        self._set_up_safeguards(given_reference=ref_model is not None)
+        self._set_up_safeguards(model, given_reference=ref_model is not None)
         self._set_up_columns()
         if ours and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
             logger.warning(
@@ -88,24 +105,19 @@ class KTOTrainer(Columns, Safeguards, trl.KTOTrainer):
                 "converges to the distribution of preferred completions. Leave both at 1."
             )
 
+    def _name_for_trl(self, name, dataset_name):
+        # Not to advise on class weights, which are not to be set by hand with our losses
+        return name if self._ours else super()._name_for_trl(name, dataset_name)
+
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if not self._ours:
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        # Under another name TRL does not advise on class weights, which are not to be set by hand here
-        label = "training" if dataset_name == "train" else dataset_name
-        dataset = super()._prepare_dataset(dataset, processing_class, args, label)
-        if dataset_name == "train" and isinstance(dataset, Dataset):
-            weights = dataset["weight"] if "weight" in dataset.column_names else None
-            self._count_classes(dataset["label"], weights, args.max_length)
+        is_training = not self._training_set_is_prepared
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if is_training and self._ours and isinstance(dataset, Dataset):
+            self._count_classes(dataset["label"], dataset["weight"] if "weight" in dataset.column_names else None)
         return dataset
 
-    def _count_classes(self, labels: list[bool], weights: list[float] | None, max_length: int | None) -> None:
+    def _count_classes(self, labels: list[bool], weights: list[float] | None) -> None:
         preferred, total = sum(labels), len(labels)
-        if not total:
-            raise ValueError(
-                f"No row of `train_dataset` has a prompt shorter than `max_length={max_length}` tokens: "
-                "nothing is left to train on. Raise `max_length`."
-            )
         if preferred in (0, total):
             raise ValueError(
                 f"All {total} completions of `train_dataset` are {'' if preferred else 'non-'}preferred: a density "
@@ -123,6 +135,23 @@ class KTOTrainer(Columns, Safeguards, trl.KTOTrainer):
                 "counted on the training set."
             )
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._note_evaluated(self.eval_dataset[dataset] if isinstance(dataset, str) else dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        self._note_evaluated(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _note_evaluated(self, dataset: Any) -> None:
+        """Remember the preferred fraction of the set that is evaluated next."""
+        self._evaluated_fraction = self.preferred_fraction
+        if self._ours and isinstance(dataset, Dataset):
+            labels = dataset.with_format(None)["label"][:]
+            if 0 < sum(labels) < len(labels):
+                self._evaluated_fraction = sum(labels) / len(labels)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batch_samples) > 1 and self._ours:
@@ -132,10 +161,12 @@ class KTOTrainer(Columns, Safeguards, trl.KTOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs, columns = split_columns(inputs)
         if not self._ours:
-            if "weight" in columns and "weight" not in inputs:  # which TRL reads itself once it does
-                return trl_compat.unpaired_loss(self, model, inputs, return_outputs, columns["weight"])
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with trl_compat.unchanged_requires_grad(self.model):
+                if "weight" in columns and "weight" not in inputs:  # which TRL reads itself once it does
+                    return trl_compat.unpaired_loss(self, model, inputs, return_outputs, columns["weight"])
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+        assert self.preferred_fraction is not None  # given, or counted by `_prepare_dataset`
         inputs, step = split_step(inputs)
         preferred = inputs["label"].bool()
         # The reference first: its activations are gone before those of the policy come
@@ -146,13 +177,16 @@ class KTOTrainer(Columns, Safeguards, trl.KTOTrainer):
         values, beyond_cap = objectives.density_ratio_loss(
             self.loss_type, logratios, preferred, self.preferred_fraction, self.args
         )
-        weights = losses.class_weights(preferred, self.preferred_fraction)
+        fraction = self.preferred_fraction if self.model.training else self._evaluated_fraction
+        weights = losses.class_weights(preferred, fraction)
         weights = weights * torch.where(preferred, self.desirable_weight, self.undesirable_weight)
         loss = step.scale * weighted(weights * values, columns).mean()
         self._record(
             {self.loss_type: loss},
+            {},
+            lambda: {"chosen": logratios[preferred], "rejected": logratios[~preferred]},
+            len(logratios) // 2,
             self._class_metrics(logratios.detach(), preferred, beyond_cap),
-            {"chosen": logratios[preferred], "rejected": logratios[~preferred]},
         )
         if self.aux_loss_enabled:  # mixture of experts
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
@@ -162,17 +196,19 @@ class KTOTrainer(Columns, Safeguards, trl.KTOTrainer):
 
     def _class_metrics(
         self, logratios: torch.Tensor, preferred: torch.Tensor, beyond_cap: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, float]:
         """Means per class over all ranks; a class that is not in the batch adds nothing to the average."""
         columns = {"logratios/{}": logratios}
         if beyond_cap is not None:
             columns[self.loss_type + "/capped_{}"] = beyond_cap.float()
         classes = torch.stack([preferred, ~preferred]).float()  # (2, n)
         rows = torch.stack([torch.ones_like(logratios), *columns.values()])  # (1 + columns, n)
-        counts, *sums = self.accelerator.gather((rows @ classes.T).unsqueeze(0)).sum(dim=0)
+        # Not a matrix product, which TF32 would round to three digits
+        of_this_rank = (rows.unsqueeze(1) * classes).sum(dim=2).unsqueeze(0)
+        counts, *sums = self.accelerator.gather(of_this_rank).sum(dim=0).tolist()
         metrics = {}
         for i, label in enumerate(("chosen", "rejected")):
-            metrics[f"share/{label}"] = counts[i] / counts.sum()
+            metrics[f"share/{label}"] = counts[i] / sum(counts)
             if counts[i] > 0:
                 metrics |= {name.format(label): row[i] / counts[i] for name, row in zip(columns, sums, strict=True)}
         return metrics

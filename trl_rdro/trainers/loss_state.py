@@ -2,17 +2,19 @@
 labels (repo), the weights of groups (grdpo)."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..losses.types import LOSS_TYPES
 from . import objectives
 from .columns import label_id
+from .hosts import Host
 
 
 class LossState(TrainerCallback, ExportableState):
@@ -32,7 +34,7 @@ class LossState(TrainerCallback, ExportableState):
         """The numbers of `(n,)` pairs by their labels, `(n,)`."""
         known, index = self._lookup(name, labels.tolist(), config)
         sizes = torch.tensor([self.sizes[name][key] for key in known]) if name in self.sizes else None
-        return objectives.numbers_of_pairs(name, torch.tensor(list(known.values())), index, sizes).to(labels.device)
+        return objectives.numbers_of_pairs(torch.tensor(list(known.values())), index, sizes).to(labels.device)
 
     def observe(self, name: str, labels: torch.Tensor, statistics: torch.Tensor, weights: torch.Tensor) -> None:
         """Take in what `(n,)` pairs of the present optimiser step say about their labels' numbers."""
@@ -42,8 +44,10 @@ class LossState(TrainerCallback, ExportableState):
         for name, seen in self._seen.items():
             labels, *columns = zip(*gather_object(seen), strict=True)
             known, index = self._lookup(name, labels, args)
-            numbers, *columns = (torch.tensor(x, dtype=torch.float64) for x in (list(known.values()), *columns))
-            updated = objectives.updated_numbers(name, numbers, columns[0], index, columns[1], args)
+            numbers, statistics, weights = (
+                torch.tensor(values, dtype=torch.float64) for values in (list(known.values()), *columns)
+            )
+            updated = objectives.updated_numbers(name, numbers, statistics, index, weights, args)
             self.values[name] = dict(zip(known, updated.tolist(), strict=True))
         self._seen.clear()
 
@@ -69,10 +73,8 @@ class LossState(TrainerCallback, ExportableState):
             self.values = saved["attributes"]["values"]
 
 
-class StatefulLosses:
+class StatefulLosses(Host):
     """Mixin of `DPOTrainer`, before TRL's class: gives the losses in use their learned numbers, and learns them."""
-
-    _used: tuple[str, ...]  # our losses in use, inside a robust one too
 
     def _set_up_loss_state(self) -> None:
         self._stateful = [name for name in self._used if LOSS_TYPES[name].state]
@@ -87,8 +89,9 @@ class StatefulLosses:
 
     def _count_labels(self, name: str, column: str) -> None:
         """Let the loss's state know the labels of the training set, with their sizes, and start from equal numbers."""
-        labels = self.train_dataset[column]
-        weights = self.train_dataset["weight"] if "weight" in self.train_dataset.column_names else [1] * len(labels)
+        rows: Any = self.train_dataset
+        labels = rows[column]
+        weights = rows["weight"] if "weight" in rows.column_names else [1] * len(labels)
         sizes: dict[str, float] = defaultdict(float)
         for label, weight in zip(labels, weights, strict=True):
             sizes[str(label)] += weight
@@ -123,12 +126,30 @@ class StatefulLosses:
                 self._loss_state.observe(name, labels, statistics, weights)
 
     @staticmethod
-    def _labels(name: str, columns: dict[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    def _labels(name: str, columns: Mapping[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """The labels of the pairs, `(n,)`: one for all where the data have none."""
-        labels = columns.get(LOSS_TYPES[name].state)
+        labels = columns.get(LOSS_TYPES[name].state or "")
         return torch.zeros_like(like, dtype=torch.long) if labels is None else labels
 
     @property
     def _loss_state(self) -> LossState:
         # Looked up, because resuming can replace callbacks
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, LossState))
+
+
+def require_known_groups(train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse data on which groups cannot be counted, and evaluation data with groups that training gives no weight."""
+    if not isinstance(train_dataset, Dataset):
+        raise ValueError(
+            "`grdpo` needs the sizes of the groups, which cannot be counted on a streaming `train_dataset`. Load the "
+            "data set without streaming."
+        )
+    known = set(map(str, train_dataset["group"]))
+    named = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+    for name, dataset in named.items():
+        if isinstance(dataset, Dataset) and (new := sorted(set(map(str, dataset["group"])) - known)):
+            raise ValueError(
+                f"The group {new[0]!r} of `eval_dataset{'' if name is None else f'[{name!r}]'}` is not in "
+                f"`train_dataset`, whose groups are {', '.join(sorted(known)[:10])}: `grdpo` has no weight for it. "
+                "Remove these rows, or give them a group of the training set."
+            )

@@ -133,12 +133,10 @@ def number_of_a_new_label(name: str, args: Any) -> float:
     raise ValueError(f"There is no number of {name!r} to start from.")
 
 
-def numbers_of_pairs(
-    name: str, numbers: torch.Tensor, labels: torch.Tensor, sizes: torch.Tensor | None
-) -> torch.Tensor:
-    """What the loss `name` uses of `(k,)` numbers for pairs with `(n,)` labels in 0..k-1, of whom the training set has
-    `(k,)` sizes: `(n,)`."""
-    return losses.grdpo_weights(numbers, sizes, labels) if name == "grdpo" else numbers[labels]
+def numbers_of_pairs(numbers: torch.Tensor, labels: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
+    """What a loss uses of `(k,)` numbers for pairs with `(n,)` labels in 0..k-1, `(n,)`: relative to the labels'
+    shares of the training set, where `(k,)` sizes are known."""
+    return numbers[labels] if sizes is None else losses.grdpo_weights(numbers, sizes, labels)
 
 
 def state_statistics(name: str, pairs: Pairs, args: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ from ..compat import engines
 from ..compat import trl as trl_compat
 from ..log import get_logger
 from .guard_rails import GuardRails
+from .hosts import Host
+from .noise import NoiseState
+from .start import distance_from_reference, first_step_sentence, require_trainable, share_that_cannot_move
 
 
 logger = get_logger(__name__)
+
+MANY_STUCK = 0.5  # of the trained parameters
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -37,15 +43,24 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-class Safeguards:
+class Safeguards(Host):
     """Mixin of the trainers, before TRL's class."""
 
-    _ours: list[str]  # our losses in use, set before TRL's constructor
-    _reference_columns: tuple[str, ...]  # where a data set can bring its own reference log-probabilities
+    # Whether a run that is not resumed starts with the policy equal to the reference
+    _starts_at_reference = True
 
-    def _set_up_safeguards(self, given_reference: bool) -> None:
+    def _set_up_safeguards(self, model: Any, given_reference: bool) -> None:
+        require_trainable(self.model)
         self._guard_rails = GuardRails(self.args)
-        logger.info(f"Reference model: {self._describe_reference(given_reference)}.")
+        self._resumed_from: str | None = None
+        self._starts_at_reference = self._starts_at_reference and not given_reference
+        self._evaluation_prefix = "eval"
+        logger.info(f"Reference model: {self._describe_reference(model, given_reference)}.")
+        if self._ours and trl_compat.overrides_compute_loss(self):
+            logger.warning(
+                f"`{type(self).__name__}._compute_loss` is not called with {' and '.join(self._ours)}: override "
+                "`compute_loss`, which TRL documents."
+            )
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -55,14 +70,21 @@ class Safeguards:
     # Metrics
 
     def _record(
-        self, losses: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor], logratios: dict[str, torch.Tensor]
+        self,
+        losses: dict[str, torch.Tensor],
+        metrics: dict[str, torch.Tensor],
+        logratios: Callable[[], dict[str, torch.Tensor]],
+        pairs: int,
+        totals: dict[str, float] | None = None,
     ) -> dict[str, float]:
         """Log metrics as their means over the ranks, and look at them.
 
         Args:
             losses: the scalar of each of our losses, to be checked only: TRL logs their sum.
             metrics: scalars to log.
-            logratios: the samples' log-ratios by class, for the message.
+            logratios: gives the samples' log-ratios by class, for the message.
+            pairs: in this process's micro-batch, or completions of each class.
+            totals: metrics over all ranks already.
 
         Returns:
             The metrics' means.
@@ -75,20 +97,94 @@ class Safeguards:
         bad = [name.removeprefix(prefix) for name, value in means.items() if not math.isfinite(value)]
         step = self.state.global_step + 1
         if bad:
-            samples = "; ".join(f"{label} {values.tolist()}" for label, values in logratios.items())
-            sentence = (
-                f"`{'`, `'.join(losses)}` at step {step}: {', '.join(bad)} not finite. Log-ratios of this process's "
-                f"samples: {samples}. Look at these samples and at the precision: float16 overflows where bfloat16 "
-                "does not."
+            samples = "; ".join(f"{label} {values.tolist()}" for label, values in logratios().items())
+            sentence = f"`{'`, `'.join(losses)}` at step {step}: {', '.join(bad)} not finite. " + self._why_not_finite(
+                f"Log-ratios of this process's samples: {samples}. "
             )
             if self.model.training:
                 raise FloatingPointError(sentence)
             self._guard_rails.warn_once("not finite", sentence)
-        means = {name: value for name, value in means.items() if not name.startswith(prefix)}
+        means = {name: value for name, value in means.items() if not name.startswith(prefix)} | (totals or {})
         trl_compat.log_metrics(self, means)
         if self.model.training:
-            self._guard_rails.watch(step, means)
+            pairs *= self.accelerator.num_processes
+            micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)  # set by the Trainer
+            self._guard_rails.watch(step, means, pairs * micro_batches, pairs)
         return means
+
+    def training_step(self, *args, **kwargs):
+        is_first = self.state.global_step == 0 and self._starts_at_reference and self._resumed_from is None
+        noise = NoiseState(self.accelerator.device) if is_first else None
+        loss = super().training_step(*args, **kwargs)
+        # Ours were looked at before the backward pass
+        if not self._ours and not math.isfinite(trl_compat.mean_over_ranks(self, {"loss": loss})["loss"]):
+            raise FloatingPointError(
+                f"The loss at step {self.state.global_step + 1} is not finite. " + self._why_not_finite()
+            )
+        if noise is not None:
+            self._starts_at_reference = False  # looked at once
+            if not noise.was_drawn_from():
+                self._look_at_the_start()
+        return loss
+
+    def _look_at_the_start(self) -> None:
+        metrics = {name: values[-1] for name, values in self._metrics["train"].items() if values}
+        dtype = torch.bfloat16 if self.args.bf16 or self.args.fp16 else next(self.model.parameters()).dtype
+        if distance := distance_from_reference(metrics, self.beta, dtype):
+            has_columns = self._brings_reference(self.train_dataset)
+            self._guard_rails.warn_once("first step", first_step_sentence(distance, has_columns))
+        stuck = share_that_cannot_move(self.model, self.args.learning_rate)
+        if stuck > MANY_STUCK and not self.is_deepspeed_enabled:  # which trains float32 copies
+            self._guard_rails.warn_once(
+                "stuck",
+                f"{stuck:.0%} of the trained parameters cannot move at `learning_rate={self.args.learning_rate}`: the "
+                f"update is less than half of their last digit in half precision. Load the model in float32 "
+                "(`dtype: float32`, with `bf16: true` for the computation), or raise the rate.",
+            )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # With a loss scale an overflow is a step that the scaler passes over
+        if not self.args.fp16 and norm is not None and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient norm at step {self.state.global_step + 1} is not finite. " + self._why_not_finite()
+            )
+        return norm
+
+    def _why_not_finite(self, samples: str = "") -> str:
+        """What to look at: the parameters, where they are not finite themselves."""
+        bad = [name for name, p in self.model.named_parameters() if not trl_compat.local_part(p).isfinite().all()]
+        if bad:
+            origin = f"the checkpoint {self._resumed_from}" if self._resumed_from else "the model as it was loaded"
+            return (
+                f"{samples}{len(bad)} of the model's parameters are not finite themselves, {bad[0]} first. The run "
+                f"began with {origin}: look at the parameters there, and go on from an older checkpoint."
+            )
+        return (
+            f"{samples}Look at the samples and at the precision: float16 overflows where bfloat16 does not. The "
+            "model's parameters are finite."
+        )
+
+    # Several evaluation sets
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        if isinstance(eval_dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, dataset in eval_dataset.items():
+                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        self._evaluation_prefix = metric_key_prefix
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluation_prefix = "eval"
+
+    def log(self, logs, start_time=None):
+        if self._evaluation_prefix != "eval":
+            # TRL would call them all "eval_...", and each set's would take the place of the last one's
+            means = trl_compat.take_metrics(self)
+            logs |= {f"{self._evaluation_prefix}_{name}": value for name, value in means.items()}
+        super().log(logs, start_time)
 
     # Checkpoints
 
@@ -107,6 +203,7 @@ class Safeguards:
                 f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is not a checkpoint that was written to "
                 "its end. Give another, or True for the last complete one."
             )
+        self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
@@ -127,12 +224,17 @@ class Safeguards:
         if self._brings_reference(dataset):
             logger.info(f"Reference log-probabilities of the {name} data set: taken from its columns.")
             return dataset
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        with trl_compat.precise_precompute_key(self):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def compute_ref_log_probs(self, model, inputs):
+        with trl_compat.unchanged_requires_grad(self.model):
+            return super().compute_ref_log_probs(model, inputs)
 
     def _brings_reference(self, dataset: Any) -> bool:
         return set(self._reference_columns) <= set(dataset.column_names or ())
 
-    def _describe_reference(self, given: bool) -> str:
+    def _describe_reference(self, model: Any, given: bool) -> str:
         if self.precompute_ref_logps:
             return "log-probabilities computed before training or brought by the data set"
         if self._brings_reference(self.train_dataset):
@@ -143,7 +245,10 @@ class Safeguards:
         if given:
             return "the given `ref_model`"
         if not is_peft_model(self.model):
-            return f"a copy of {trl_compat.model_name(self.model)} as it is before training"
+            name = trl_compat.model_name(self.model)
+            if isinstance(model, str):
+                return f"a copy of {name} as it is before training"
+            return f"{name}, loaded again from where it came from: changes made to the model in memory are not in it"
         if "ref" in self.model.peft_config:
             return "a frozen copy of the given adapter"
         return "the base model, with the adapter switched off"

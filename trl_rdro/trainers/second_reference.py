@@ -6,12 +6,11 @@ import torch
 
 from ..compat import second_reference as compat
 from ..losses.types import LOSS_TYPES
+from .hosts import Host
 
 
-class SecondReference:
+class SecondReference(Host):
     """Mixin of `DPOTrainer`, before TRL's class."""
-
-    _used: tuple[str, ...]  # our losses in use, inside a robust one too
 
     def _set_up_second_reference(self) -> None:
         self._second_reference = None

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .noise import NoiseState
+
 
 _KEY = "trl_rdro_step"
 
@@ -16,6 +18,7 @@ class Step:
     Parameters:
         index: of the micro-batch in the step.
         scale: by which its mean enters the step's mean.
+        noise: before the forward that `pair_losses` come from, if that forward drew random numbers.
         ref_logps: `(2n,)` reference log-probabilities, where they had to be known before.
         columns: what the losses look at beside log-ratios, where it had to be known before.
         pair_losses: `(n,)` losses of its pairs before the step, without graph, where a loss weighs the step's pairs.
@@ -24,6 +27,7 @@ class Step:
 
     index: int = 0
     scale: float = 1.0
+    noise: NoiseState | None = None
     ref_logps: torch.Tensor | None = None
     columns: dict[str, torch.Tensor] | None = None
     pair_losses: torch.Tensor | None = None

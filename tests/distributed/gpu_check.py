@@ -1,13 +1,13 @@
 """
 Run what needs a GPU, and write down what came of it.
 
-    python scripts/gpu_check.py --output gpu_check.json            # every check
-    python scripts/gpu_check.py --only bf16 zero3 --losses rdro    # some
+    python -m tests.distributed.gpu_check --output gpu_check.json            # every check
+    python -m tests.distributed.gpu_check --only bf16 zero3 --losses rdro    # some
 
-The engine tests run on a CPU. This script runs the cells that they cannot reach: attention kernels, fp16, the 4-bit
-kernels, DeepSpeed and FSDP2 over NCCL. A check trains a small model, built from a config, twice for three steps, once
-in a plain way and once in its own, and compares losses, gradient norms and parameters as the engine tests do. Each run
-is a process of its own.
+The engine tests run on a CPU. This runs the cells that they cannot reach: attention kernels, fp16, the 4-bit kernels,
+DeepSpeed and FSDP2 over NCCL. A check trains a small model, built from a config, twice for three steps, once in a
+plain way and once in its own, and compares losses, gradient norms and parameters as the engine tests do. Each run is a
+process of its own.
 
 Where there is no GPU, a check runs on the CPU if it can; its status is "untested" all the same. The exit code is 1 if
 a check failed.
@@ -28,9 +28,7 @@ from pathlib import Path
 from typing import Any
 
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, PAIRS = 3, 8
 LOSSES = {
     "rdro": {"loss_type": "rdro"},
@@ -108,9 +106,10 @@ def train(run: Run, loss: str, output: Path) -> None:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from tests.distributed.worker import deepspeed_config, trainable
-    from tests.tiny import save_tiny, tiny_preferences
     from trl_rdro import DPOConfig, DPOTrainer
+
+    from ..tiny import save_tiny, tiny_preferences
+    from .worker import deepspeed_config, trainable
 
     torch.backends.cuda.matmul.allow_tf32 = False
     size = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "initializer_range": 0.05}
@@ -175,8 +174,9 @@ def train_apart(run: Run, loss: str, output: Path) -> None:
     if run.engine != "single":
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "1"}
         environment |= {"RANK": "0", "LOCAL_RANK": "0"}
-    command = [sys.executable, __file__, "--run", json.dumps(asdict(run)), "--losses", loss, "--output", str(output)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.distributed.gpu_check", "--run", json.dumps(asdict(run))]
+    command += ["--losses", loss, "--output", str(output)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     if not output.exists():
         raise RuntimeError(finished.stderr.strip()[-1500:])
 
@@ -192,7 +192,7 @@ def carry_out(check: Check, losses: list[str], cuda: bool, folder: Path) -> dict
     """The status of a check, with the errors of each loss."""
     import torch
 
-    from tests.distributed.matrix import errors
+    from .matrix import errors
 
     missing = [name for name in check.needs if importlib.util.find_spec(name) is None]
     if missing:

@@ -1,0 +1,37 @@
+"""What tests of several folders need that is neither a model nor a training run."""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_process(command: list[str]) -> subprocess.CompletedProcess:
+    """Run a command in a process of its own that finds this package and these tests."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def refusal(capsys, code: int) -> str:
+    """The message of a refused command: one line on stderr, exit code 2."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-rdro: error: ")]
+    assert code == 2
+    assert len(lines) == 1
+    return lines[0].removeprefix("trl-rdro: error: ")
+
+
+def is_png(path: Path) -> bool:
+    """Whether the file is a whole PNG."""
+    content = path.read_bytes()
+    return content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"

@@ -1,0 +1,87 @@
+"""
+Functions of the user: found by their dotted path, called, and their answers checked.
+
+Whatever goes wrong in one is the user's to mend: a `UserError` names the function, and the place in it.
+"""
+
+import importlib
+import math
+import os
+import reprlib
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any
+
+from ..errors import UserError, describe
+
+
+# What a function may raise, or end with. Ctrl-C is not its own
+FAILURES = (Exception, SystemExit)
+
+
+def name_of(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def load_function(path: str) -> Callable[..., list[float]]:
+    """
+    Import `package.module.function`.
+
+    The working directory is searched too, after everything else: a file there must not stand in for a module of
+    Python or of a library. (TRL's GRPO script searches it first.)
+    """
+    module, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except FAILURES as error:
+        raise UserError(
+            f"Cannot import the function {path!r} (`package.module.function`): {_what_and_where(error)}."
+        ) from error
+    if not callable(function):
+        raise UserError(f"{path!r} must be a function, got {type(function).__name__}.")
+    return function
+
+
+def ask(function: Callable, expected: int, **arguments: Any) -> list[float]:
+    """Call a reward or preference function, which must return so many finite numbers."""
+    name = name_of(function)
+    try:
+        answer = function(**arguments)
+        # Of text or of a mapping the list would be one of letters or keys
+        values = (
+            None
+            if isinstance(answer, (str, bytes, Mapping, Set)) or not isinstance(answer, Iterable)
+            else list(answer)
+        )
+    except FAILURES as error:
+        raise UserError(f"The judge `{name}` failed: {_what_and_where(error)}.") from error
+    if values is None:
+        raise UserError(f"`{name}` must return a list of {expected} numbers, got {reprlib.repr(answer)}.")
+    if len(values) != expected:
+        raise UserError(f"`{name}` must return {expected} values, one for each, got {len(values)}.")
+    return [_number(name, value) for value in values]
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = math.nan if value is None or isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"`{name}` must return finite numbers, got {reprlib.repr(value)}.")
+    return number
+
+
+def _what_and_where(error: BaseException) -> str:
+    """The error in one line, with the line of the user's code in which it arose or which called what raised it."""
+    if isinstance(error, SystemExit):
+        what = f"it ends the process with sys.exit({error.code!r})"
+    else:
+        what = f"{type(error).__name__}: {describe(error)}" if str(error) else type(error).__name__
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename not in (__file__, importlib.__file__) and not frame.filename.startswith("<frozen"):
+            return f"{what} ({frame.filename}, line {frame.lineno})"
+    return what
