@@ -177,13 +177,18 @@ def cells(test: str) -> list[tuple[str, str, list[str]]]:
 
 
 def engines_table() -> str:
-    """One row for each model and precision."""
+    """One row for each model, precision and set of options that its losses are tested with."""
     tested = cells("test_equals_single_process")
     engines = {engine: title for engine, title in ENGINES.items() if engine != "single"}
     processes = json.loads((ENGINE_TESTS / "engines.json").read_text())["processes"]
+    combinations: dict[tuple[str, ...], set[str]] = {}
+    for _, loss, rest in tested:
+        combinations.setdefault((loss, *rest[:2]), set()).add("-".join(rest[2:]))
+    kinds = {key: (*key[1:], frozenset(options)) for key, options in combinations.items()}
     rows = []
-    for model, dtype in dict.fromkeys((rest[0], rest[1]) for _, _, rest in tested):
-        of_row = [(engine, loss, rest) for engine, loss, rest in tested if rest[:2] == [model, dtype]]
+    for kind in dict.fromkeys(kinds.values()):
+        of_row = [(engine, loss, rest) for engine, loss, rest in tested if kinds[(loss, *rest[:2])] == kind]
+        model, dtype, _ = kind
         by_engine = {engine: [cell[1:] for cell in of_row if cell[0] == engine] for engine in engines}
         all_cells = max(by_engine.values(), key=len)
         options = [rest[2:] for _, rest in all_cells]

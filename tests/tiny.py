@@ -7,12 +7,15 @@ learned from a handful of steps (a chosen completion ends in a kind word, a reje
 """
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from trl_rdro.losses.types import LOSS_TYPES
 
 
 KIND_WORDS = ("good", "great", "warm", "kind", "fair", "calm", "bright", "sweet")
@@ -99,6 +102,22 @@ def tiny_preferences(n: int = 16, seed: int = 0) -> Dataset:
             }
         )
     return Dataset.from_list(rows)
+
+
+def with_columns(dataset: Dataset, loss_types: Iterable[str]) -> Dataset:
+    """The data set with the columns that these of our losses need and it lacks, with values that differ from row to
+    row."""
+    values = {
+        "preference_probability": lambda i: (1.0, 0.75, 0.9, 0.6)[i % 4],
+        "group": lambda i: ("women", "men")[i % 2],
+        "second_ref_chosen_logps": lambda i: -20.0,
+        "second_ref_rejected_logps": lambda i: -21.0,
+    }
+    losses = [LOSS_TYPES[loss] for loss in loss_types if loss in LOSS_TYPES]
+    for name in dict.fromkeys(name for loss in losses for name in (*loss.columns, *loss.optional_columns)):
+        if name not in dataset.column_names:
+            dataset = dataset.add_column(name, [values[name](i) for i in range(len(dataset))])
+    return dataset
 
 
 def cpu_args(**kwargs) -> dict:

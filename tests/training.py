@@ -8,8 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl_rdro.losses.types import in_use
 
-from .tiny import cpu_args, tiny_preferences, tiny_qwen2, tiny_tokenizer
+from .tiny import cpu_args, tiny_preferences, tiny_qwen2, tiny_tokenizer, with_columns
 
 
 CONFIGS = {
@@ -29,7 +30,7 @@ def make_config(output_dir, config_class=DPOConfig, **settings):
 
 def make_trainer(model, output_dir, trainer_class=DPOTrainer, trainer_kwargs=None, config_class=None, **settings):
     """
-    A trainer on 32 tiny pairs.
+    A trainer on 32 tiny pairs, or on other data. Tables get the columns that our losses need, if they lack them.
 
     Args:
         trainer_kwargs: arguments of the trainer, which come on top of the model, the config and the data.
@@ -37,7 +38,13 @@ def make_trainer(model, output_dir, trainer_class=DPOTrainer, trainer_kwargs=Non
         settings: fields of the config.
     """
     args = make_config(output_dir, config_class or CONFIGS[trainer_class], **settings)
-    return trainer_class(model, args=args, **{"train_dataset": tiny_preferences(32), **(trainer_kwargs or {})})
+    kwargs = {"train_dataset": tiny_preferences(32), **(trainer_kwargs or {})}
+    names = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    used = in_use(names, getattr(args, "inner_loss_type", None))
+    for name in ("train_dataset", "eval_dataset"):
+        if isinstance(kwargs.get(name), Dataset):
+            kwargs[name] = with_columns(kwargs[name], used)
+    return trainer_class(model, args=args, **kwargs)
 
 
 def train(*args, **kwargs):

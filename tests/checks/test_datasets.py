@@ -284,7 +284,7 @@ def test_reference_log_probabilities(method, rows, column, value, tmp_path):
     ("column", "right", "wrong"),
     [
         ("weight", [0, 1.5], [-0.1, float("nan"), float("inf"), None]),
-        ("preference_probability", [0, 0.5, 1], [-0.1, 1.01, float("nan"), None]),
+        ("preference_probability", [0.5, 0.75, 1], [-0.1, 0.49, 1.01, float("nan"), None]),
         ("preferred_fraction", [0.01, 0.99], [0.0, 1.0, float("nan"), None]),
         ("group", [3, "a"], [None, "", " "]),
         ("annotator", ["a", 3], [None]),
@@ -303,6 +303,12 @@ def test_columns_that_are_declared_as_used(column, right, wrong, tmp_path):
         check_dataset(Dataset.from_list(without(PAIRS)), "train_dataset", "dpo")
     with pytest.raises(ValueError, match=f"lacks the column {column}"):
         check_dataset(Dataset.from_list(PAIRS), "train_dataset", "dpo", used=(column,))
+
+
+def test_columns_that_are_read_where_they_are(tmp_path):
+    check_dataset(Dataset.from_list(PAIRS), "train_dataset", "dpo", read=("weight",))
+    rows = with_row(5, [{**row, "weight": 1.0} for row in PAIRS], weight=-1.0)
+    assert "row 5 (counted from 0): the column `weight` must be" in refusal(rows, "dpo", tmp_path, read=("weight",))
 
 
 def test_columns_that_are_not_declared_as_used_are_not_looked_at():

@@ -91,10 +91,22 @@ def test_loss_names_are_the_ones_the_trainers_know():
     assert set(TRL_KTO_LOSSES) == set(in_code), LAST_SEEN
 
 
+def test_what_multiplies_the_losses_of_rows_still_does():
+    """WPO's weights, the unpaired losses' weights, and the columns that batches may have."""
+    paired, unpaired = (inspect.getsource(cls._compute_loss) for cls in (trl.DPOTrainer, trl.KTOTrainer))
+    assert "aligned_logps = (per_token_logps - outputs.log_sum_sq_probs" in paired, LAST_SEEN
+    assert "per_sequence_loss *= chosen_weights * rejected_weights" in paired, LAST_SEEN
+    assert "(self.desirable_weight * chosen_losses, self.undesirable_weight * rejected_losses)" in unpaired, LAST_SEEN
+    for cls in (trl.DPOTrainer, trl.KTOTrainer):
+        assert "self._signature_columns = [" in inspect.getsource(cls._set_signature_columns_if_needed), LAST_SEEN
+
+
 def test_helpers_and_hooks_exist():
     assert {"_get_fsdp_state"} <= set(dir(FSDPModule)) and callable(FSDPState._lazy_init), "last seen in torch 2.13"
     assert callable(trl.models.utils.disable_gradient_checkpointing), LAST_SEEN
-    assert callable(trl.trainer.utils.get_config_model_id), LAST_SEEN
+    for name in ("get_config_model_id", "create_model_from_path", "disable_dropout_in_model", "use_adapter"):
+        assert callable(getattr(trl.trainer.utils, name)), LAST_SEEN
+    assert callable(trl.models.prepare_deepspeed) and callable(trl.models.prepare_fsdp), LAST_SEEN
     # Set from the micro-batches of the step right after `get_batch_samples` returned them
     assert "self.current_gradient_accumulation_steps = len(batch_samples)" in inspect.getsource(
         transformers.Trainer._run_epoch

@@ -12,16 +12,20 @@ from trl import TrlParser
 from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from trl_rdro import DPOConfig
+from trl_rdro.losses.types import LOSS_TYPES, of_family
 
 from ..tiny import cpu_args
 
 
 # From TRL's code, which knows them by `loss_type == "..."`
 TRL_LOSSES = sorted(set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(trl_dpo_trainer))))
-OURS = ["ddro", "rdro", "kldpo", "wdpo"]
+OURS = list(LOSS_TYPES)
+PAIRWISE = of_family("pair")
+ROBUST = of_family("robust")
 
 NOT_NUMBERS = [math.nan, math.inf, -math.inf, True, False, "0.5", "", [0.5], {}]
 NOT_OPEN_UNIT = [*NOT_NUMBERS, 0, 0.0, 1, 1.0, -0.1, 1.1, 2]
+NOT_POSITIVE = [*NOT_NUMBERS, None, 0, 0.0, -1, -0.05]
 NOT_NAMES = ["", "Squared", True, 3, ["squared"]]
 
 BAD_VALUES = {
@@ -29,11 +33,25 @@ BAD_VALUES = {
     "ddro_cap": [*NOT_OPEN_UNIT, None, 1e-39],
     "rdro_alpha": [*NOT_OPEN_UNIT, 1e-39, 1 - 1e-9],
     "kldpo_tau": [*NOT_NUMBERS, None, 0, 0.0, -1, -0.05, 1e39],
+    "drdpo_beta": [*NOT_POSITIVE, 1e39],
+    "grdpo_eta": [*NOT_NUMBERS, None, -1, -1e-9, 1e39],
     "wdpo_rho": [*NOT_NUMBERS, None, -1, -1e-9, 1e39],
     "wdpo_penalty": [*NOT_NAMES, None, "mean"],
     "wdpo_interval": [*NOT_NUMBERS, None, 0, -1, 1.5, 2.0],
     "wdpo_eps": [*NOT_OPEN_UNIT, 1e-39],
     "inner_loss_type": [*NOT_NAMES, None, "kldpo", "robust"],
+    "holder_gamma": NOT_POSITIVE,
+    "ropo_alpha": NOT_POSITIVE,
+    "repo_eta": [*NOT_POSITIVE, 1.1],
+    "repo_rate": [*NOT_NUMBERS, None, -0.1, 1.1],
+    "chipo_clip": NOT_POSITIVE,
+    "dpop_lambda": [*NOT_NUMBERS, None, -1, -1e-9],
+    "adadpo_rho0": NOT_POSITIVE,
+    "adadpo_tau_min": NOT_POSITIVE,
+    "adadpo_tau_max": [*NOT_POSITIVE, 0.09],
+    "dpopro_rho": [*NOT_NUMBERS, None, -1, -1e-9],
+    "mrpo_reference": ["", 3, True, ["model"]],
+    "mrpo_alpha": [*NOT_NUMBERS, -0.1, 1.1],
     "plot": [None, "yes", 1],
     "resume_with_changes": [None, "yes", 1],
     "loss_type": ["", "dpo", "rdro,sft", ["rdro", "dpo"], [3], [None], [["rdro"]], 3, True, None, []],
@@ -43,11 +61,25 @@ GOOD_VALUES = {
     "ddro_cap": [1e-3, 0.9, 0.999],
     "rdro_alpha": [None, 1e-3, 0.39, 0.999],
     "kldpo_tau": [0.005, 1, 1e6],
+    "drdpo_beta": [0.005, 1, 1e6],
+    "grdpo_eta": [0, 0.01, 10],
     "wdpo_rho": [0, 0.0, 0.005, 100],
     "wdpo_penalty": ["squared", "rms"],
     "wdpo_interval": [1, 4],
     "wdpo_eps": [None, 1e-5, 0.1],
-    "inner_loss_type": ["sigmoid", "ipo", "hinge"],
+    "inner_loss_type": ["sigmoid", "ipo", "hinge", *PAIRWISE],
+    "holder_gamma": [0.5, 2, 8],
+    "ropo_alpha": [1e-3, 14],
+    "repo_eta": [0.01, 0.9, 1, 1.0],
+    "repo_rate": [0, 0.1, 1],
+    "chipo_clip": [0.5, 2],
+    "dpop_lambda": [0, 0.0, 50],
+    "adadpo_rho0": [1e-6, 0.1, 2],
+    "adadpo_tau_min": [1e-3, 5.0],
+    "adadpo_tau_max": [0.1, 100],
+    "dpopro_rho": [0, 0.0, 0.1, 2],
+    "mrpo_reference": [None, "some/model"],
+    "mrpo_alpha": [None, 0, 0.5, 1],
     "plot": [False, True],
     "resume_with_changes": [False, True],
     "loss_type": [["rdro", "sft"], ["sigmoid"], ["kldpo", "wdpo"]],
@@ -126,20 +158,23 @@ def test_an_unknown_loss_type_is_refused_with_the_nearest_name(build, typo, near
         ({"loss_type": ["rdro", "kldpo"], "ld_alpha": 0.0}, ["rdro", "ld_alpha=0.0"]),
         *[
             ({"loss_type": loss, "label_smoothing": value}, ["label_smoothing", repr(value)])
-            for loss in ("kldpo", "wdpo")
+            for loss in ("kldpo", "wdpo", "cdpo")
             for value in (0.5, 0.7, -0.1, math.nan, "0.1", True)
         ],
         *[
             ({"loss_type": loss, "inner_loss_type": inner, "label_smoothing": 0.1}, ["label_smoothing", inner])
             for loss in ("kldpo", "wdpo")
-            for inner in ("ipo", "hinge")
+            for inner in ("ipo", "hinge", "holder")
         ],
+        ({"loss_type": ["holder", "dpop"], "label_smoothing": 0.1}, ["label_smoothing=0.1", "'holder' and 'dpop'"]),
         *[
             ({"loss_type": loss, "beta": value}, ["beta", repr(value)])
-            for loss in ("kldpo", "wdpo")
+            for loss in (*ROBUST, *PAIRWISE)
             for value in (0, -0.1, math.nan, math.inf, "0.1", True)
         ],
         ({"loss_type": ["rdro", "sft"], "loss_weights": [1.0]}, ["loss_weights", "1", "2"]),
+        ({"loss_type": "drdpo", "per_device_train_batch_size": 1}, ["`drdpo`", "one pair", "`sigmoid`"]),
+        ({"loss_type": ["sft", "drdpo"], "per_device_train_batch_size": 1}, ["`drdpo`", "one pair"]),
         ({"loss_type": ["rdro", "sft"], "loss_weights": [0, 0.0]}, ["`loss_weights` must not all be 0", "[0, 0.0]"]),
         *[({"loss_type": loss, "beta": 0}, ["`beta`", "got 0"]) for loss in ("sigmoid", "ipo", "bco_pair")],
         ({"loss_type": ["rdro", "apo_zero"], "beta": 0.0}, ["`beta`", "got 0.0"]),
@@ -166,6 +201,9 @@ def test_combinations_that_mean_nothing_are_refused(build, kwargs, words):
         {"loss_type": "kldpo", "label_smoothing": 0.1},
         {"loss_type": "wdpo", "label_smoothing": 0.49},
         {"loss_type": "kldpo", "inner_loss_type": "ipo", "label_smoothing": 0.0},
+        {"loss_type": "kldpo", "inner_loss_type": "cdpo", "label_smoothing": 0.1},
+        {"loss_type": "drdpo", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        {"loss_type": ["holder", "cdpo"], "label_smoothing": 0.1},
         # TRL's losses keep their options, alone and beside ours
         {"loss_type": "robust", "label_smoothing": 0.1},
         {"loss_type": "exo_pair", "label_smoothing": 0.7},

@@ -13,8 +13,10 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 
+from trl_rdro.losses.types import LOSS_TYPES
+
 from .. import processes
-from ..tiny import save_tiny, tiny_preferences, tiny_qwen2
+from ..tiny import save_tiny, tiny_preferences, tiny_qwen2, with_columns
 from . import worker
 from .matrix import ENGINES, STEP_SIZE, STEPS, Cell, cells_of
 
@@ -32,7 +34,11 @@ def write_inputs(folder: Path) -> None:
         {"prompt": pair["prompt"], "completion": pair["chosen" if i % 12 < 5 else "rejected"], "label": i % 12 < 5}
         for i, pair in enumerate(pairs)
     ]
-    for name, examples in (("pairs", pairs), ("unpaired", rows)):
+    weights = [(1.0, 0.5, 2.0)[i % 3] for i in range(len(pairs))]
+    annotators = [("ann", "bo", "ann", "cy", "bo")[i % 5] for i in range(len(pairs))]
+    columns = with_columns(Dataset.from_list(pairs), LOSS_TYPES)
+    columns = columns.add_column("weight", weights).add_column("annotator", annotators)
+    for name, examples in (("pairs", pairs), ("unpaired", rows), ("pairs_with_columns", columns.to_list())):
         Dataset.from_list(examples).to_json(folder / f"{name}.jsonl")
 
 

@@ -14,7 +14,7 @@ import torch
 
 from trl_rdro.losses.types import LOSS_TYPES, of_family
 
-from ..loss_cases import LOSS_CASES
+from ..loss_cases import ENGINE_LOSSES, LOSS_CASES
 
 
 STEPS = 3
@@ -30,11 +30,21 @@ TOLERANCES: dict[str, dict[str, float]] = _DATA["tolerances"]
 
 COUPLED = {"_".join([name, *case.coupled.values()]): (name, case) for name, case in LOSS_CASES.items() if case.coupled}
 LOSSES: dict[str, dict[str, Any]] = {
-    **{name: {"loss_type": name, **case.settings} for name, case in LOSS_CASES.items()},
+    **{name: {"loss_type": name, **LOSS_CASES[name].settings} for name in ENGINE_LOSSES},
     **{key: {"loss_type": name, **case.settings, **case.coupled} for key, (name, case) in COUPLED.items()},
     "rdro+sft": {"loss_type": ["rdro", "sft"], "loss_weights": [1.0, 0.2]},
     **{f"{name}_unpaired": {"loss_type": name} for name in of_family("density_ratio")},
 }
+
+
+# The other loss types, in one cell each: what they add to an engine are weights over a step, what is learned in one,
+# and a second reference. Their rows carry columns, among them a weight.
+FAMILY: dict[str, dict[str, Any]] = {
+    **{name: {"loss_type": name, **case.settings} for name, case in LOSS_CASES.items() if name not in LOSSES},
+    "kldpo_weighted": LOSSES["kldpo"],
+    "kldpo_repo": {**LOSSES["kldpo"], "inner_loss_type": "repo"},
+}
+OVER_A_STEP = ("drdpo", "grdpo", "repo", "kldpo_weighted", "kldpo_repo")
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,14 @@ class Cell:
     def unpaired(self) -> bool:
         return self.loss.endswith("_unpaired")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**LOSSES, **FAMILY}[self.loss]
+
+    @property
+    def data(self) -> str:
+        return "unpaired" if self.unpaired else "pairs_with_columns" if self.loss in FAMILY else "pairs"
+
 
 def _accumulation(loss: str) -> int:
     """Two micro-batches where the pairs of a step are weighed against one another."""
@@ -82,7 +100,7 @@ QLORA = [
 ] + [Cell("rdro", "qlora", "bf16")]
 # The last, because a backward pass that fails half-way may disturb the cells after it
 BF16 = [Cell(loss, model, "bf16") for loss in ("rdro", "wdpo") for model in ("full", "lora")]
-CELLS = MATRIX + QLORA + BF16
+CELLS = MATRIX + [Cell(loss, accumulation=2) for loss in FAMILY] + QLORA + BF16
 
 # Splits of one step's samples: on each rank, (micro-batch, accumulation)
 SPLITS = {1: [(8, 1), (2, 4), (1, 8)], 2: [(4, 1), (1, 4)]}
@@ -90,10 +108,10 @@ SPLIT_ENGINES = ("single", "ddp", "zero3")
 
 
 def split_cells(world: int) -> list[Cell]:
-    """One step of every loss in every way to split it over `world` ranks."""
+    """One step in every way to split it over `world` ranks, of every loss where the split could matter."""
     return [
         Cell(loss, micro_batch=micro_batch, accumulation=accumulation, steps=1)
-        for loss in LOSSES
+        for loss in (*LOSSES, *OVER_A_STEP)
         for micro_batch, accumulation in SPLITS[world]
         # wdpo's root spans a micro-step, and TRL's `sft` divides by the tokens of a micro-batch
         if loss != "rdro+sft" and (loss not in COUPLED or accumulation == 1)

@@ -29,7 +29,7 @@ from datasets import load_dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 
-from tests.distributed.matrix import ENGINES, LOSSES, STEP_SIZE, Cell  # noqa: E402
+from tests.distributed.matrix import ENGINES, STEP_SIZE, Cell  # noqa: E402
 from tests.tiny import cpu_args  # noqa: E402
 from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
 
@@ -55,7 +55,7 @@ def deepspeed_config(stage: int, bf16: bool) -> dict[str, Any]:
     }
 
 
-def build_args(cell: Cell, engine: str, output: Path) -> DPOConfig | KTOConfig:
+def build_args(cell: Cell, engine: str, inputs: Path, output: Path) -> DPOConfig | KTOConfig:
     accumulation = cell.accumulation
     if engine == "single" and "sft" in cell.loss:
         # TRL's `sft` divides by the tokens of a micro-batch: the baseline has the micro-batches of two ranks
@@ -74,8 +74,10 @@ def build_args(cell: Cell, engine: str, output: Path) -> DPOConfig | KTOConfig:
         activation_checkpointing=cell.checkpointing,
         precompute_ref_log_probs=cell.precomputed,
         bf16=cell.dtype == "bf16",
-        **LOSSES[cell.loss],
+        **cell.settings,
     )
+    if cell.loss == "mrpo":
+        settings["mrpo_reference"] = str(inputs / "policy" / "qwen2")
     if engine.startswith("zero") and not CONFIGURED_BY_ACCELERATE:
         settings["deepspeed"] = deepspeed_config(int(engine[-1]), cell.dtype == "bf16")
     if engine == "fsdp2":
@@ -96,7 +98,7 @@ def build_args(cell: Cell, engine: str, output: Path) -> DPOConfig | KTOConfig:
 
 
 def build_trainer(cell: Cell, engine: str, inputs: Path, output: Path) -> DPOTrainer | KTOTrainer:
-    args = build_args(cell, engine, output)
+    args = build_args(cell, engine, inputs, output)
     kwargs: dict[str, Any] = {}
     if cell.model != "full":
         kwargs["peft_config"] = LoraConfig(
@@ -110,7 +112,7 @@ def build_trainer(cell: Cell, engine: str, inputs: Path, output: Path) -> DPOTra
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
         )
-    rows = str(inputs / f"{'unpaired' if cell.unpaired else 'pairs'}.jsonl")
+    rows = str(inputs / f"{cell.data}.jsonl")
     # Data sets cached by another launch would hide what this one computes beforehand
     data = load_dataset("json", data_files=rows, split="train", cache_dir=str(output / "cache"))
     if cell.steps == 1:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from trl_rdro import DPOConfig, DPOTrainer
 from trl_rdro.configs.dpo_config import TRL_DPO_LOSSES
 
-from ..loss_cases import LOSS_CASES
-from ..tiny import cpu_args, tiny_preferences, tiny_qwen2, tiny_tokenizer
+from ..loss_cases import KINDS, LOSS_CASES
+from ..tiny import cpu_args, tiny_preferences, tiny_qwen2, tiny_tokenizer, with_columns
 from ..training import lora, make_trainer, measured, parameters, same_parameters, train
 
 
@@ -103,7 +103,7 @@ class CountForwards(TrainerCallback):
 
 @pytest.mark.parametrize("model_name", ["qwen2", "llama"])
 @pytest.mark.parametrize("precompute", [False, True])
-@pytest.mark.parametrize("loss_type", LOSS_CASES)
+@pytest.mark.parametrize("loss_type", KINDS)
 def test_first_loss_is_the_constant_and_all_metrics_are_logged(request, tmp_path, model_name, loss_type, precompute):
     trainer = train(
         request.getfixturevalue(model_name),
@@ -128,7 +128,7 @@ def test_first_loss_is_the_constant_and_all_metrics_are_logged(request, tmp_path
 
 
 @pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("loss_type", LOSS_CASES)
+@pytest.mark.parametrize("loss_type", KINDS)
 def test_each_loss_learns(qwen2, tmp_path, loss_type, use_lora):
     """Held-out loss falls from its constant, held-out accuracy rises from chance to nearly all."""
     learning_rate = LOSS_CASES[loss_type].adamw_learning_rate * (5 if use_lora else 1)
@@ -164,7 +164,7 @@ def test_mixture_with_trls_losses_adds_up(qwen2, tmp_path):
         loss.backward()
         return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
-    for name in LOSS_CASES:
+    for name in KINDS:
         mixed_loss, mixed = gradients(loss_type=[name, "sft", "sigmoid"], loss_weights=[1.0, 0.25, 0.5])
         parts = [gradients(loss_type=name), gradients(loss_type="sft"), gradients(loss_type="sigmoid")]
         weights = [1.0, 0.25, 0.5]
@@ -187,7 +187,7 @@ def test_resume_gives_the_same_weights(qwen2, tmp_path, loss_type):
     assert same_parameters(parameters(resumed), parameters(whole))
 
 
-@pytest.mark.parametrize("loss_type", LOSS_CASES)
+@pytest.mark.parametrize("loss_type", KINDS)
 def test_saved_model_reloads(qwen2, tmp_path, loss_type):
     trainer = train(qwen2, tmp_path, loss_type=loss_type)
     trainer.save_model(str(tmp_path / "saved"))
@@ -196,7 +196,7 @@ def test_saved_model_reloads(qwen2, tmp_path, loss_type):
         assert torch.equal(dict(reloaded.named_parameters())[name], parameter), name
 
 
-@pytest.mark.parametrize("loss_type", LOSS_CASES)
+@pytest.mark.parametrize("loss_type", KINDS)
 @pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*:UserWarning")
 def test_qlora(qwen2, tmp_path, loss_type):
     quantization = BitsAndBytesConfig(
@@ -215,7 +215,7 @@ def test_qlora(qwen2, tmp_path, loss_type):
     assert trained and all(p.abs().max() > 0 for p in trained)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_CASES)
+@pytest.mark.parametrize("loss_type", KINDS)
 def test_training_a_given_adapter_starts_at_the_constant(qwen2, tmp_path, loss_type):
     """With a pretrained adapter TRL's reference is a copy of it, not the base model."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(qwen2), lora())
@@ -283,10 +283,10 @@ def test_mixture_of_experts_keeps_its_load_balancing_loss(tmp_path):
     MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     logs = {}
-    for loss_type in ("sigmoid", *LOSS_CASES):
+    for loss_type in ("sigmoid", *KINDS):
         trainer = train(str(tmp_path / "model"), tmp_path, loss_type=loss_type, max_steps=1)
         logs[loss_type] = trainer.state.log_history[0]
-    for loss_type in LOSS_CASES:
+    for loss_type in KINDS:
         log = logs[loss_type]
         constant = LOSS_CASES[loss_type].constant
         assert log["aux_loss"] == pytest.approx(logs["sigmoid"]["aux_loss"], rel=1e-3)
@@ -336,3 +336,17 @@ def test_qwen2_with_given_reference_model(tmp_path):
         trainer_kwargs={"ref_model": tiny_qwen2(seed=1), "processing_class": tiny_tokenizer()},
     )
     assert abs(trainer.state.log_history[0]["logratios/chosen"]) > 0.1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"loss_type": "gdpo"}, {"loss_type": "kldpo", "inner_loss_type": "dpopro"}], ids=str
+)
+def test_a_missing_column_is_refused_before_the_model_is_loaded(tmp_path, settings):
+    args = DPOConfig(**cpu_args(output_dir=str(tmp_path), **settings))
+    with pytest.raises(
+        ValueError, match="`train_dataset` lacks the column preference_probability, which the loss reads"
+    ):
+        DPOTrainer("no/such/model", args=args, train_dataset=tiny_preferences(4))
+    train = with_columns(tiny_preferences(4), ["gdpo"])
+    with pytest.raises(ValueError, match="`eval_dataset` lacks the column preference_probability"):
+        DPOTrainer("no/such/model", args=args, train_dataset=train, eval_dataset=tiny_preferences(4))

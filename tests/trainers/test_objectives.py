@@ -1,5 +1,7 @@
 """Names and options of the config reach the right function with the right arguments."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from ..tiny import cpu_args
 
 CHOSEN, REJECTED = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LENGTHS = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
+COLUMNS = defaultdict(lambda: torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9, 1.0]))
 PREFERRED = torch.tensor([True, False, True, True, False, False])
 
 
@@ -35,7 +38,7 @@ def test_trls_pair_losses():
 @pytest.mark.parametrize("name", INNER_LOSSES)
 def test_every_inner_loss_is_known_and_finite(name):
     args = config(**(LOSS_CASES[name].settings if name in LOSS_CASES else {}))
-    values = objectives.pair_loss(name, CHOSEN, REJECTED, LENGTHS, args)
+    values = objectives.pair_loss(name, CHOSEN, REJECTED, LENGTHS, args, COLUMNS)
     assert values.shape == (6,) and values.isfinite().all()
 
 
@@ -69,6 +72,10 @@ def test_every_temperature_is_the_option_that_the_table_names():
         lambda: objectives.pair_loss("rdro", CHOSEN, REJECTED, LENGTHS, config()),
         lambda: objectives.density_ratio_loss("sigmoid", CHOSEN, PREFERRED, 0.4, config()),
         lambda: objectives.temperature("wdpo", config()),
+        lambda: objectives.number_of_a_new_label("holder", config()),
+        lambda: objectives.state_statistics("holder", None, config()),
+        lambda: objectives.state_metrics("holder", None, {}),
+        lambda: objectives.updated_numbers("holder", None, None, None, None, config()),
     ],
 )
 def test_a_name_of_another_family_is_refused(call):

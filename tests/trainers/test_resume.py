@@ -11,13 +11,13 @@ from trl_rdro.losses.types import of_family
 from trl_rdro.trainers.safeguards import is_complete, last_complete_checkpoint
 
 from .. import processes
-from ..loss_cases import LOSS_CASES
+from ..loss_cases import KINDS
 from ..training import make_trainer, same_parameters
 from . import crash_worker
 
 
 RUNS = [
-    *[pytest.param(loss, False, 1, id=loss) for loss in LOSS_CASES],
+    *[pytest.param(loss, False, 1, id=loss) for loss in KINDS],
     *[pytest.param(loss, True, 1, id=f"{loss}-unpaired") for loss in of_family("density_ratio")],
     # ZeRO-3 has its own checkpoints; a loss that is computed in one forward, and the one that takes three
     *[pytest.param(loss, False, 2, id=f"{loss}-zero3") for loss in ("rdro", "wdpo")],

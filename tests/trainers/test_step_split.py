@@ -14,6 +14,7 @@ LOSSES = {
     **{name: {"loss_type": name, **case.settings} for name, case in LOSS_CASES.items()},
     "kldpo_ipo": {"loss_type": "kldpo", "kldpo_tau": 0.5, "inner_loss_type": "ipo"},
     "kldpo+sigmoid": {**KLDPO, "loss_type": ["kldpo", "sigmoid"], "loss_weights": [1.0, 0.3]},
+    "kldpo_dpop": {"loss_type": "kldpo", "kldpo_tau": 0.5, "inner_loss_type": "dpop"},
     "wdpo, strong": {"loss_type": "wdpo", "wdpo_rho": 0.5},
 }
 
@@ -60,10 +61,10 @@ def test_kldpo_at_micro_batch_one_is_not_dpo(tmp_path):
     assert (kldpo - dpo).norm() > 0.1 * dpo.norm()
 
 
-def test_kldpo_step_against_weights_by_hand(tmp_path):
+@pytest.mark.parametrize(("name", "tau"), [("kldpo", 0.05), ("drdpo", -0.05)])
+def test_a_step_against_weights_by_hand(tmp_path, name, tau):
     """The update is minus the softmax-weighted sum of the pairs' DPO gradients, taken one pair at a time."""
-    tau = KLDPO["kldpo_tau"]
-    update, log = one_step(tmp_path, 2, 4, **KLDPO)
+    update, log = one_step(tmp_path, 2, 4, **LOSSES[name])
     models = two_models()
     policy = models.pop("model")
     kwargs = {"train_dataset": tiny_preferences(8), **models}
@@ -82,8 +83,8 @@ def test_kldpo_step_against_weights_by_hand(tmp_path):
     assert log["loss"] == pytest.approx(
         tau * (torch.logsumexp(losses / tau, 0) - torch.tensor(8.0).log()).item(), 1e-5
     )
-    assert log["kldpo/effective_sample_size"] == pytest.approx(1 / (8 * weights.square().sum()).item(), rel=1e-4)
-    assert log["kldpo/max_weight"] == pytest.approx(weights.max().item(), rel=1e-4)
+    assert log[f"{name}/effective_sample_size"] == pytest.approx(1 / (8 * weights.square().sum()).item(), rel=1e-4)
+    assert log[f"{name}/max_weight"] == pytest.approx(weights.max().item(), rel=1e-4)
 
 
 def test_kldpo_refuses_a_micro_batch_without_its_step(qwen2, tmp_path):

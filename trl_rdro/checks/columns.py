@@ -218,7 +218,10 @@ ALWAYS: Kinds = {
 # Looked at where a setting declares that it uses them
 COLUMNS: Kinds = {
     "weight": Number("a finite number of at least 0", low=0),
-    "preference_probability": Number("a probability between 0 and 1", low=0, high=1),
+    # Below 1/2 the other completion is the preferred one
+    "preference_probability": Number("a probability from 0.5 (a tie) to 1", low=0.5, high=1),
+    "second_ref_chosen_logps": LOG_PROBABILITY,
+    "second_ref_rejected_logps": LOG_PROBABILITY,
     "preferred_fraction": Number("a number between 0 and 1, both excluded", low=0, high=1, open_ends=True),
     "group": Name(),
     "annotator": Name(),

@@ -24,32 +24,37 @@ FEW = 100  # rows that are cheaper to look up one by one than with all others of
 
 
 def check_datasets(
-    method: str, train_dataset: Any, eval_dataset: Any, used: tuple[str, ...] = ()
+    method: str, train_dataset: Any, eval_dataset: Any, used: tuple[str, ...] = (), read: tuple[str, ...] = ()
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Check the training set and every evaluation set; see `check_dataset`.
 
     Returns:
         Both as they came, but streams, which go on checking; and the first training row, if there is one.
     """
-    eval_dataset = check_evaluation(method, eval_dataset, used)
+    eval_dataset = check_evaluation(method, eval_dataset, used, read)
     if train_dataset is None:
         return None, eval_dataset, {}
-    train_dataset = check_dataset(train_dataset, "train_dataset", method, used)
+    train_dataset = check_dataset(train_dataset, "train_dataset", method, used, read)
     return train_dataset, eval_dataset, next(iter(train_dataset))
 
 
-def check_evaluation(method: str, eval_dataset: Any, used: tuple[str, ...] = ()) -> Any:
+def check_evaluation(method: str, eval_dataset: Any, used: tuple[str, ...] = (), read: tuple[str, ...] = ()) -> Any:
     """Check an evaluation set, or each of a dictionary of them."""
     if isinstance(eval_dataset, dict):
         return {
-            name: check_dataset(dataset, f"eval_dataset[{name!r}]", method, used)
+            name: check_dataset(dataset, f"eval_dataset[{name!r}]", method, used, read)
             for name, dataset in eval_dataset.items()
         }
-    return None if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset", method, used)
+    return None if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset", method, used, read)
 
 
 def check_dataset(
-    dataset: Any, name: str, method: str, used: tuple[str, ...] = (), tokenised: bool = True
+    dataset: Any,
+    name: str,
+    method: str,
+    used: tuple[str, ...] = (),
+    read: tuple[str, ...] = (),
+    tokenised: bool = True,
 ) -> Dataset | IterableDataset:
     """
     Refuse a data set that cannot be trained on.
@@ -59,6 +64,7 @@ def check_dataset(
         name: how messages call it.
         method: "dpo" (pairs), "kto" (labelled completions, or pairs, which TRL flattens) or "prompts".
         used: further columns that have to be there (`columns.COLUMNS`).
+        read: further columns that are looked at where they are there.
         tokenised: whether token ids may take the place of text.
 
     Returns:
@@ -74,19 +80,24 @@ def check_dataset(
         raise TypeError(f"`{name}` must be a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}.")
     if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
         rows = dataset.with_format(None)
-        rules = make_rules(name, method, first_row(rows, name), used, tokenised)
+        rules = make_rules(name, method, first_row(rows, name), used, read, tokenised)
         _check_table(rows, rules)
         return dataset
-    rules = check_rows(itertools.islice(dataset, FIRST_ROWS), name, method, used, tokenised)
+    rules = check_rows(itertools.islice(dataset, FIRST_ROWS), name, method, used, read, tokenised)
     return dataset.map(rules.require, with_indices=True) if isinstance(dataset, IterableDataset) else dataset
 
 
 def check_rows(
-    rows: Iterable[dict[str, Any]], name: str, method: str, used: tuple[str, ...] = (), tokenised: bool = True
+    rows: Iterable[dict[str, Any]],
+    name: str,
+    method: str,
+    used: tuple[str, ...] = (),
+    read: tuple[str, ...] = (),
+    tokenised: bool = True,
 ) -> Rules:
     """Check rows one by one. Raises as `check_dataset`; returns the rules."""
     rows = list(rows)
-    rules = make_rules(name, method, first_row(rows, name), used, tokenised)
+    rules = make_rules(name, method, first_row(rows, name), used, read, tokenised)
     oddities = Oddities(rules)
     for index, row in enumerate(rows):
         oddities.add_row(rules.require(row, index), index)

@@ -1,6 +1,7 @@
 """The rules for the rows of one data set: which columns it has to have, and what a row may hold."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +152,12 @@ def as_array(column: pa.ChunkedArray) -> pa.Array:
 
 
 def make_rules(
-    name: str, method: str, first_row: dict[str, Any], used: tuple[str, ...] = (), tokenised: bool = True
+    name: str,
+    method: str,
+    first_row: dict[str, Any],
+    used: tuple[str, ...] = (),
+    read: tuple[str, ...] = (),
+    tokenised: bool = True,
 ) -> Rules:
     """The rules that the columns of the first row call for.
 
@@ -159,6 +165,7 @@ def make_rules(
         name: the data set's, for messages.
         method: "dpo", "kto" (which also takes pairs) or "prompts".
         used: further columns of `COLUMNS` that have to be there.
+        read: further columns of `COLUMNS` that are looked at where they are there.
         tokenised: whether token ids may take the place of text.
 
     Raises:
@@ -168,14 +175,15 @@ def make_rules(
     is_tokenised = "prompt_ids" in wanted
     if is_tokenised and not tokenised:
         raise ValueError(f"`{name}` is tokenised already (`prompt_ids`): text is needed here. Give the text columns.")
-    _require_columns(name, method, [*wanted, *used], first_row)
+    _require_columns(name, method, wanted, first_row)
+    _require_used(name, used, first_row)
     for column in wanted:
         if f"{column}.1" in first_row:
             raise ValueError(
                 f"`{name}` has the column `{column}` twice (the second is read as `{column}.1`): remove or rename one "
                 "of the two."
             )
-    columns = wanted | {column: COLUMNS[column] for column in used}
+    columns = wanted | {column: COLUMNS[column] for column in (*used, *read) if column in first_row}
     columns |= {column: kind for column, kind in ALWAYS.items() if column in first_row}
     if is_tokenised:
         return Rules(name, columns)
@@ -195,7 +203,16 @@ def _wanted(method: str, present: set[str]) -> dict[str, Kind]:
     return text
 
 
-def _require_columns(name: str, method: str, wanted: list[str], first_row: dict[str, Any]) -> None:
+def _require_used(name: str, used: tuple[str, ...], first_row: dict[str, Any]) -> None:
+    missing = [column for column in used if column not in first_row]
+    if missing:
+        raise ValueError(
+            f"`{name}` lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}, which the loss reads; it has "
+            f"{', '.join(sorted(map(str, first_row)))}. Add the column, or use another loss."
+        )
+
+
+def _require_columns(name: str, method: str, wanted: Iterable[str], first_row: dict[str, Any]) -> None:
     missing = sorted(set(wanted) - set(first_row))
     if not missing:
         return

@@ -1,7 +1,9 @@
 """Everything of TRL that is used here without being documented there. Last checked against TRL 1.16."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,7 @@ from .trl_trainer import TrlTrainer
 
 
 # What a batch of TRL's preference collators holds beside the model's own inputs
-NON_MODEL_KEYS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "label", "ref_logps"}
+NON_MODEL_KEYS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "label", "ref_logps", "weight"}
 
 
 def model_name(model: Any) -> str:
@@ -193,21 +195,47 @@ def pair_loss_and_metrics(
     ref_logps: torch.Tensor,
     losses: list[tuple[str, float]],
     return_outputs: bool,
+    pair_weights: torch.Tensor | None = None,
 ) -> Any:
     """What TRL's own `_compute_loss` returns and logs for forward passes that were made already.
 
     `losses` are TRL's loss types with their weights; the result is their weighted sum, plus the load-balancing loss of
     a mixture of experts. TRL reads the reference log-probabilities from the batch, as if they were precomputed.
+    `pair_weights`, `(n,)`, multiply the losses of the pairs.
     """
     ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
     inputs = {**inputs, "ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
-    with _attributes(
-        trainer,
-        precompute_ref_logps=True,
-        loss_types=[name for name, _ in losses],
-        loss_weights=[weight for _, weight in losses],
-    ):
-        return trl.DPOTrainer._compute_loss(trainer, _replay(model, outputs), inputs, return_outputs)
+
+    def compute(outputs: Any, losses: list[tuple[str, float]], return_outputs: bool, **attributes: Any) -> Any:
+        names, weights = zip(*losses, strict=True) if losses else ((), ())
+        attributes |= {"precompute_ref_logps": True, "loss_types": list(names), "loss_weights": list(weights)}
+        with _attributes(trainer, **attributes):
+            return trl.DPOTrainer._compute_loss(trainer, _replay(model, outputs), inputs, return_outputs)
+
+    if pair_weights is None or not losses:
+        return compute(outputs, losses, return_outputs)
+    sft, others = [pair for pair in losses if pair[0] == "sft"], [pair for pair in losses if pair[0] != "sft"]
+    # TRL multiplies in place, also a result that its gradient is computed from (hinge): let autograd keep copies
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        result = compute(_wpo_outputs(trainer, outputs, pair_weights), others, return_outputs, use_weighting=True)
+    if not sft:
+        return result
+    # A mean over tokens. What it logs was logged already.
+    weighted = copy(outputs)
+    weighted.log_probs = outputs.log_probs * pair_weights.repeat(2).unsqueeze(1)
+    metrics = {"_metrics": defaultdict(lambda: defaultdict(list)), "aux_loss_enabled": False, "use_weighting": False}
+    loss = compute(weighted, sft, False, _total_train_tokens=0, **metrics)
+    return (result[0] + loss, result[1]) if return_outputs else result + loss
+
+
+def _wpo_outputs(trainer: trl.DPOTrainer, outputs: Any, pair_weights: torch.Tensor) -> Any:
+    """The outputs with which TRL's `use_weighting` multiplies the loss of each pair by its weight, beside WPO's own
+    weights if they are switched on: exp of the mean over a completion's tokens of log_probs - log_sum_sq_probs."""
+    weighted = copy(outputs)
+    base = outputs.log_sum_sq_probs if trainer.use_weighting else outputs.log_probs.detach()
+    half = pair_weights.log().clamp(min=-200) / 2  # of a weight of 0 too, of which nothing is left in float32
+    weighted.log_sum_sq_probs = base - half.repeat(2).unsqueeze(1)
+    return weighted
 
 
 # Labelled completions (KTOTrainer)
@@ -248,6 +276,19 @@ def unpaired_metrics(
             trainer, _replay(model, outputs), {**inputs, "ref_logps": ref_logps}, return_outputs
         )
     return result[1] if return_outputs else None
+
+
+def unpaired_loss(
+    trainer: trl.KTOTrainer, model: Callable, inputs: dict[str, Any], return_outputs: bool, weights: torch.Tensor
+) -> Any:
+    """TRL's own loss with the losses of the completions multiplied by `(n,)` `weights`."""
+    preferred = inputs["label"].bool()
+    with _attributes(
+        trainer,
+        desirable_weight=trainer.desirable_weight * weights[preferred],
+        undesirable_weight=trainer.undesirable_weight * weights[~preferred],
+    ):
+        return trl.KTOTrainer._compute_loss(trainer, model, inputs, return_outputs)
 
 
 # Both

@@ -5,20 +5,26 @@ from dataclasses import dataclass, field
 
 import trl
 
-from ..losses.types import LOSS_TYPES, of_family
+from ..log import get_logger
+from ..losses.types import LOSS_TYPES, in_use, of_family
 from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig, require_cap_above_start
+from .pair_loss_config import PairLossConfig
 from .ranges import RANGES
 from .run_config import RunConfig
 from .unused_options import warn_of_unused_options
 from .validation import Range, require, require_choice, require_reverse_kl, validate_fields
 
 
+logger = get_logger(__name__)
+
 ROBUST_LOSSES = of_family("robust")
+PAIR_LOSSES = of_family("pair")
 OUR_DPO_LOSSES = tuple(LOSS_TYPES)
 # TRL's that stand in `trl_rdro.losses` too, and our losses of a pair
-INNER_LOSSES = ("sigmoid", "ipo", "hinge", *of_family("pair"))
+INNER_LOSSES = ("sigmoid", "ipo", "hinge", *PAIR_LOSSES)
 WDPO_PENALTIES = ("squared", "rms")
 TRL_SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
+SMOOTHED_INNER_LOSSES = {"sigmoid", "cdpo"}
 
 FLIPPED = Range("[0, 0.5)", "It is the assumed probability that a label is flipped.")
 # Density ratios and likelihoods are of the log-ratio itself; for them beta only scales the logged rewards
@@ -31,20 +37,29 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 
 
 @dataclass
-class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
+class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
     r"""
     Configuration class for the [`DPOTrainer`]: [`trl.DPOConfig`] and the fields of our losses.
 
-    `loss_type` takes, beside all of TRL's, `"ddro"`, `"rdro"`, `"kldpo"` and `"wdpo"`, alone or in a list with
-    `loss_weights`. `beta` and `label_smoothing` are those of the inner loss of `kldpo` and `wdpo`; `ddro` and `rdro`
-    have no beta, it only scales their logged rewards.
+    `loss_type` takes, beside all of TRL's, those of `trl_rdro.losses.types.LOSS_TYPES`, alone or in a list with
+    `loss_weights`. `beta` and `label_smoothing` are those of a loss of pairs, or of the inner loss of a robust one;
+    `ddro` and `rdro` have no beta, it only scales their logged rewards.
 
     Parameters:
         ddro_t, ddro_cap, rdro_alpha:
             See [`DensityRatioConfig`]. On pairs, half of the completions are preferred.
+        holder_gamma, ropo_alpha, repo_eta, repo_rate, chipo_clip, dpop_lambda, adadpo_rho0, adadpo_tau_min,
+        adadpo_tau_max, dpopro_rho, mrpo_reference, mrpo_alpha:
+            See [`PairLossConfig`].
         kldpo_tau (`float`, *optional*, defaults to `1.0`):
             τ of KLDPO, > 0: temperature of the weights softmax(loss / τ) over the pairs of an optimiser step. Large is
             DPO, small is the worst pair only. Published runs: 0.5 to 5 at `beta=0.1`, 0.005 to 0.05 at `beta=0.01`.
+        drdpo_beta (`float`, *optional*, defaults to `1.0`):
+            b of Dr. DPO (its β'), > 0: temperature of the weights softmax(-loss / b) over the pairs of an optimiser
+            step, of which it needs two or more. Large is DPO, small is the best pair only. Published: 1 at `beta=0.1`.
+        grdpo_eta (`float`, *optional*, defaults to `0.01`):
+            η of group-robust DPO, >= 0: after each optimiser step a group's weight is multiplied by exp(η times its
+            mean loss). 0 leaves all groups equal. Their released code takes 5e-7 times the size of the training set.
         wdpo_rho (`float`, *optional*, defaults to `0.001`):
             ρ of WDPO, >= 0: weight of the input-gradient penalty. It means something only together with `beta`: what
             counts is their product, and the default keeps the published one (ρ 0.005 to 0.01 at β 0.01) at TRL's
@@ -59,7 +74,8 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
             Step of WDPO's central difference relative to the norm of a pair's embeddings, > 0. If `None`, chosen by
             the dtype and adapted to the logged gap `wdpo/gap`.
         inner_loss_type (`str`, *optional*, defaults to `"sigmoid"`):
-            The loss of a pair inside `kldpo` and `wdpo`: `"sigmoid"` (with `label_smoothing`), `"ipo"` or `"hinge"`.
+            The loss of a pair inside a robust loss: `"sigmoid"` (with `label_smoothing`), `"ipo"`, `"hinge"`, or one
+            of our losses of pairs.
         plot, resume_with_changes:
             See [`RunConfig`].
     """
@@ -78,6 +94,20 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
         metadata={
             "help": "τ of KLDPO, > 0: temperature of the weights softmax(loss / τ) over the pairs of an optimiser "
             "step. Large is DPO, small is the worst pair only."
+        },
+    )
+    drdpo_beta: float = field(
+        default=1.0,
+        metadata={
+            "help": "b of Dr. DPO, > 0: temperature of the weights softmax(-loss / b) over the pairs of an optimiser "
+            "step. Large is DPO, small is the best pair only."
+        },
+    )
+    grdpo_eta: float = field(
+        default=0.01,
+        metadata={
+            "help": "η of group-robust DPO, >= 0: after each optimiser step a group's weight is multiplied by exp(η "
+            "times its mean loss). 0 leaves all groups equal."
         },
     )
     wdpo_rho: float = field(
@@ -126,9 +156,18 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
         self._validate_run()
         self._validate_loss_weights()
         self._validate_losses_of_trl()
+        self._validate_pair_losses()
         self._validate_ours()
         super().__post_init__()
-        warn_of_unused_options(self, self.loss_type)
+        self._refuse_a_step_of_one_pair()
+        if "cdpo" in self.loss_type and self.label_smoothing == 0:
+            logger.warning(
+                "`cdpo` with `label_smoothing=0` is DPO. Set it to the share of flipped labels that you expect; the "
+                "published value is 0.1."
+            )
+        warn_of_unused_options(
+            self, list(dict.fromkeys([*self.loss_type, *in_use(self.loss_type, self.inner_loss_type)]))
+        )
 
     def _validate_loss_types(self) -> None:
         if not isinstance(self.loss_type, (list, tuple)) or not self.loss_type:
@@ -159,7 +198,6 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
     def _validate_ours(self) -> None:
         ours = [loss_type for loss_type in self.loss_type if loss_type in OUR_DPO_LOSSES]
         density_ratio = [loss_type for loss_type in ours if loss_type in DENSITY_RATIO_LOSSES]
-        robust = [loss_type for loss_type in ours if loss_type in ROBUST_LOSSES]
         if ours:
             require_reverse_kl(ours, self.f_divergence_type)
         if density_ratio and self.ld_alpha is not None:
@@ -176,10 +214,22 @@ class DPOConfig(DensityRatioConfig, RunConfig, trl.DPOConfig):
             )
         if "ddro" in ours:
             require_cap_above_start(0.5 if self.ddro_t is None else self.ddro_t, self.ddro_cap)
-        if robust and self.inner_loss_type == "sigmoid":
+        # The losses of pairs in use: by themselves, and inside a robust loss
+        pairwise = [name for name in ours if name in PAIR_LOSSES]
+        if not set(ours).isdisjoint(ROBUST_LOSSES):
+            pairwise.append(self.inner_loss_type)
+        if not SMOOTHED_INNER_LOSSES.isdisjoint(pairwise):
             require("label_smoothing", self.label_smoothing, (float,), FLIPPED)
-        elif robust and self.label_smoothing and TRL_SMOOTHED_LOSSES.isdisjoint(self.loss_type):
+        elif pairwise and self.label_smoothing and TRL_SMOOTHED_LOSSES.isdisjoint(self.loss_type):
             raise ValueError(
-                f"`label_smoothing={self.label_smoothing}` has no effect with "
-                f"`inner_loss_type={self.inner_loss_type!r}`. Set it to 0 or use `inner_loss_type='sigmoid'`."
+                f"`label_smoothing={self.label_smoothing}` has no effect with {' and '.join(map(repr, pairwise))}. "
+                "Set it to 0, or use 'cdpo', alone or as `inner_loss_type`."
+            )
+
+    def _refuse_a_step_of_one_pair(self) -> None:
+        pairs = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if "drdpo" in self.loss_type and pairs == 1:
+            raise ValueError(
+                "`drdpo` with one pair in an optimiser step is DPO: it weighs the step's pairs against one another. "
+                "Raise `per_device_train_batch_size` or `gradient_accumulation_steps` (both now 1), or use `sigmoid`."
             )

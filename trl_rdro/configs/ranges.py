@@ -11,6 +11,7 @@ NOT_NEGATIVE = Range("[0, inf)")
 # A share or a temperature beyond these vanishes or overflows in float32 once it is inverted
 SHARE = Range("[1e-9, 0.999999]", "Leave it None to use the preferred fraction of the training set.")
 LARGEST = "1e9"
+POSITIVE = Range(f"[1e-9, {LARGEST}]")
 
 LOSS_RANGES = {
     "ddro_t": SHARE,
@@ -19,10 +20,23 @@ LOSS_RANGES = {
     "preferred_fraction": Range("[1e-9, 0.999999]", "Leave it None to have it counted on the training set."),
     "kldpo_tau": Range(
         f"[1e-6, {LARGEST}]",
-        "Large values approach DPO; a negative one would be Dr. DPO, which trusts easy pairs and is not offered.",
+        "Large values approach DPO; a negative one would be Dr. DPO, `loss_type: drdpo`.",
     ),
+    "drdpo_beta": Range(f"[1e-6, {LARGEST}]", "Large values approach DPO."),
+    "grdpo_eta": Range(f"[0, {LARGEST}]", "0 leaves all groups equal."),
     "wdpo_rho": Range(f"[0, {LARGEST}]", "0 is plain DPO."),
     "wdpo_interval": COUNT,
+    "holder_gamma": POSITIVE,
+    "ropo_alpha": POSITIVE,
+    "repo_eta": Range("[1e-9, 1]", "1 is DPO."),
+    "repo_rate": Range("[0, 1]"),
+    "chipo_clip": POSITIVE,
+    "dpop_lambda": Range(f"[0, {LARGEST}]", "0 is plain DPO."),
+    "adadpo_rho0": POSITIVE,
+    "adadpo_tau_min": POSITIVE,
+    "adadpo_tau_max": POSITIVE,
+    "dpopro_rho": Range(f"[0, {LARGEST}]", "0 is soft-label DPO."),
+    "mrpo_alpha": Range("[0, 1]", "Leave it None to have it chosen for each pair."),
     "wdpo_eps": Range("[1e-9, 1)", "Leave it None to have it chosen by the dtype and adapted."),
 }
 TRL_RANGES = {

@@ -1,7 +1,8 @@
-"""Distributionally robust objectives over any pairwise loss: KLDPO and WDPO.
+"""Distributionally robust objectives over any pairwise loss: KLDPO, Dr. DPO and WDPO.
 
-Both bound the loss under a shift of whose preferences count (https://huggingface.co/papers/2502.01930): KLDPO over a
-Kullback-Leibler ball around the data, WDPO over a Wasserstein ball, through a penalty on the input gradient.
+KLDPO and WDPO bound the loss under a shift of whose preferences count (https://huggingface.co/papers/2502.01930): over
+a Kullback-Leibler ball around the data, and over a Wasserstein ball, through a penalty on the input gradient. Dr. DPO
+is KLDPO at a negative temperature: it follows the pairs that go best, a remedy for wrong labels.
 """
 
 import torch
@@ -10,11 +11,12 @@ from .precision import as_float
 
 
 def kldpo_log_weights(losses: torch.Tensor, tau: float, step_losses: torch.Tensor | None = None) -> torch.Tensor:
-    """Log-density of KLDPO's worst-case distribution relative to the uniform one: log(N w_i), w = softmax(l / tau).
+    """Log-weights of a step's pairs relative to uniform ones: log(N w_i), w = softmax(l / tau).
 
     Args:
         losses (`torch.Tensor` of shape `(n,)`): pair losses to weigh.
-        tau (`float`): temperature, > 0. Large: every pair counts the same (DPO). Small: only the worst does.
+        tau (`float`): temperature, not 0. Positive (KLDPO): pairs of high loss count more; negative (Dr. DPO): those
+            of low loss. Large in size: every pair counts the same (DPO). Small: only the worst, or the best, does.
         step_losses (`torch.Tensor` of shape `(N,)`, *optional*): all pair losses of the optimiser step that `losses`
             are part of, over every rank and accumulated micro-batch. Defaults to `losses`.
 
@@ -26,14 +28,18 @@ def kldpo_log_weights(losses: torch.Tensor, tau: float, step_losses: torch.Tenso
     if losses.numel() == 0:
         return losses
     step_losses = losses if step_losses is None else as_float(step_losses.detach())
-    worst = step_losses.max()  # subtracted before the division: losses in the thousands over a small tau keep digits
+    # The largest weight's, subtracted before the division: losses in the thousands over a small tau keep digits
+    top = step_losses.max() if tau > 0 else step_losses.min()
+    exponents = (step_losses - top) / tau
     # log mean exp, kept exact where tau is large and the mean close to 1: its error is multiplied by tau again
-    log_mean = torch.log1p(torch.expm1((step_losses - worst) / tau).mean())
-    return (losses - worst) / tau - log_mean
+    mean, mean_less_1 = exponents.exp().mean(), torch.expm1(exponents).mean()
+    log_mean = torch.where(mean > 0.5, torch.log1p(mean_less_1), mean.log())
+    return (losses - top) / tau - log_mean
 
 
 def kldpo_loss(losses: torch.Tensor, tau: float, log_weights: torch.Tensor | None = None) -> torch.Tensor:
-    """KLDPO (https://huggingface.co/papers/2502.01930, Algorithm 2, normalised): tau log mean exp(l / tau).
+    """KLDPO (https://huggingface.co/papers/2502.01930, Algorithm 2, normalised): tau log mean exp(l / tau). At
+    tau = -b it is Dr. DPO (https://huggingface.co/papers/2407.07880), -b log mean exp(-l / b).
 
     The returned values have that objective as their mean, and the mean of their gradients is sum_i w_i grad l_i with w
     the softmax of l / tau, constant. They are the terms of its dual form, mean_i [ N w_i (l_i - tau log(N w_i)) ],
@@ -42,7 +48,7 @@ def kldpo_loss(losses: torch.Tensor, tau: float, log_weights: torch.Tensor | Non
 
     Args:
         losses (`torch.Tensor` of shape `(n,)`): pair losses of this (micro-)batch, with their graph.
-        tau (`float`): temperature, > 0.
+        tau (`float`): temperature, not 0.
         log_weights (`torch.Tensor` of shape `(n,)`, *optional*): `kldpo_log_weights` of these pairs in their step.
             Defaults to the step being just `losses`.
 

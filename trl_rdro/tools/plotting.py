@@ -7,6 +7,7 @@ Curves of a run as a PNG, from the log history that every `transformers` trainer
 """
 
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ PANELS = {
 LOSS_PANELS = {
     "share beyond the cap": ("capped_chosen", "capped_rejected"),
     "weights in the batch": ("effective_sample_size", "max_weight"),
+    "reliability of the labels": ("eta",),
     "input gradient": ("grad_norm",),
     "penalty": ("penalty",),
     "error of the central difference": ("gap",),
 }
+# Of the metrics that carry a loss's name and something of the data's: what a panel shows, and how their names begin
+LABEL_PANELS = {"weights of the groups": "weight_"}
 # Drawn by `plot_run` only, where they were logged
 MORE_PANELS = {
     "reward (beta times log-ratio)": ("rewards/chosen", "rewards/rejected"),
@@ -42,7 +46,7 @@ MORE_PANELS = {
     },
 }
 COLUMNS = 3
-LINE_STYLES = ("-", "--")  # of a panel's first and second metric
+LINE_STYLES = ("-", "--", ":", "-.")  # of a panel's first, second, ... metric
 LogHistory = list[dict[str, Any]]
 
 
@@ -61,7 +65,7 @@ def plot_log_history(
         log_history (`list[dict]` or mapping of `str` to `list[dict]`): `trainer.state.log_history`, or one for each
             label of a legend. A panel shows the metrics that were logged, and says so when there are none.
         path (`str` or `Path`): the PNG to write; its folder is made.
-        panels (mapping of `str` to `tuple[str, ...]`): other panels, each a title and one or two metrics.
+        panels (mapping of `str` to `tuple[str, ...]`): other panels, each a title and its metrics.
 
     Returns:
         `Path`: the file written.
@@ -76,7 +80,7 @@ def plot_log_history(
         axes.remove()
     for axes, (title, metrics) in zip(all_axes, panels.items(), strict=False):
         for index, (label, history) in enumerate(histories.items()):
-            for style, metric in zip(LINE_STYLES, metrics, strict=False):
+            for style, metric in zip(cycle(LINE_STYLES), metrics, strict=False):
                 colour = f"C{index}" if len(histories) > 1 else f"C{metrics.index(metric)}"
                 name = metric.rpartition("/")[2] if len(metrics) > 1 else ""
                 _draw(axes, history, metric, colour, style, " ".join(filter(None, (label, name))))
@@ -96,9 +100,14 @@ def plot_run(log_history: LogHistory | Mapping[str, LogHistory], path: str | Pat
     """As `plot_log_history`, with every metric of interest that was logged: also the gradient norm and our losses' own
     metrics, and the rewards where no log-ratios were logged (TRL's losses)."""
     logged = logged_metrics(log_history)
+    of_labels = {
+        f"{name}: {title}": tuple(sorted(metric for metric in logged if metric.startswith(f"{name}/{start}")))
+        for name in LOSS_TYPES
+        for title, start in LABEL_PANELS.items()
+    }
     panels = {
         title: metrics
-        for title, metrics in {**PANELS, **MORE_PANELS}.items()
+        for title, metrics in {**PANELS, **MORE_PANELS, **of_labels}.items()
         if logged & set(metrics) and not (metrics[0] == "rewards/chosen" and "logratios/chosen" in logged)
     }
     return plot_log_history(log_history, path, panels or PANELS)

@@ -13,6 +13,8 @@ class CheckedInputs(Host):
     """Mixin of the trainers, before TRL's class."""
 
     _method: str  # "dpo" or "kto", as `checks.datasets` knows them
+    _needed_columns: tuple[str, ...] = ()  # further ones, that the losses cannot do without
+    _column_names: tuple[str, ...]  # and all that they read
     _training_set_is_prepared = False
 
     def _check_model(self, model: Any, args: Any, processing_class: Any) -> None:
@@ -47,5 +49,5 @@ class CheckedInputs(Host):
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if not isinstance(eval_dataset, str):
-            eval_dataset = check_evaluation(self._method, eval_dataset)
+            eval_dataset = check_evaluation(self._method, eval_dataset, self._needed_columns, self._column_names)
         return super().evaluate(eval_dataset, *args, **kwargs)

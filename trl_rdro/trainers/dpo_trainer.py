@@ -8,17 +8,29 @@ import trl
 from ..checks.datasets import check_datasets
 from ..compat import trl as trl_compat
 from ..configs.dpo_config import DPOConfig
-from ..losses.types import LOSS_TYPES
+from ..losses.types import LOSS_TYPES, column_names, in_use
 from . import objectives
 from .checked_inputs import CheckedInputs
+from .columns import Columns, needed_columns, split_columns, weighted
 from .common import describe_in_model_card, require_own_config
 from .input_gradient_penalty import InputGradientPenalty
+from .loss_state import StatefulLosses, require_known_groups
 from .reweighting import Reweighting
 from .safeguards import Safeguards
+from .second_reference import SecondReference
 from .step import split_step, with_steps
 
 
-class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, CheckedInputs, trl.DPOTrainer):
+class DPOTrainer(
+    Reweighting,
+    InputGradientPenalty,
+    StatefulLosses,
+    SecondReference,
+    Columns,
+    Safeguards,
+    CheckedInputs,
+    trl.DPOTrainer,
+):
     """
     [`trl.DPOTrainer`] whose `loss_type` can also be `"ddro"`, `"rdro"`, `"kldpo"` or `"wdpo"`, alone or in a weighted
     list with TRL's. Takes the same arguments; runs without any of the four are TRL's own, to the last bit.
@@ -60,9 +72,21 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, CheckedInputs, t
         requested = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
         ours = [loss_type for loss_type in requested if loss_type in LOSS_TYPES]
         require_own_config(args, ours, DPOConfig)
-        train_dataset, eval_dataset, example = check_datasets(self._method, train_dataset, eval_dataset)
+        self._used = in_use(requested, args.inner_loss_type) if ours else ()
+        self._column_names = column_names(self._used)
+        self._needed_columns = needed_columns(self._used, args)
+        train_dataset, eval_dataset, example = check_datasets(
+            self._method, train_dataset, eval_dataset, self._needed_columns, self._column_names
+        )
         if "wdpo" in ours and example.keys() & {"image", "images"}:
             raise ValueError("`wdpo` perturbs text embeddings and is not defined for image data.")
+        if "grdpo" in ours:
+            require_known_groups(train_dataset, eval_dataset)
+        if "weight" in example and (sorting := {"aot", "aot_unpaired"}.intersection(requested)):
+            raise ValueError(
+                f"The column `weight` cannot be combined with `{sorting.pop()}`, which sorts the pairs of a batch, so "
+                "that a weight belongs to no pair. Remove the column, or use another loss."
+            )
         self._check_model(model, args, processing_class)
         self._ours = ours
         describe_in_model_card(self, ours)
@@ -70,7 +94,10 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, CheckedInputs, t
             model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
         )
         self._set_up_safeguards(model, given_reference=ref_model is not None)
+        self._set_up_columns()
         self._set_up_input_gradient_penalty()
+        self._set_up_loss_state()
+        self._set_up_second_reference()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # The Trainer hands over the micro-batches of one optimiser step together
@@ -82,44 +109,54 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, CheckedInputs, t
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ours = [pair for pair in zip(self.loss_types, self.loss_weights, strict=True) if pair[0] in LOSS_TYPES]
-        if not ours:
+        theirs = [pair for pair in zip(self.loss_types, self.loss_weights, strict=True) if pair not in ours]
+        inputs, columns = split_columns(inputs)
+        their_weights = None if "weight" in inputs else columns.get("weight")  # TRL's, once it reads them itself
+        if not ours and their_weights is None:
             with trl_compat.unchanged_requires_grad(self.model):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs, step = split_step(inputs)
         # The reference first: its activations are gone before those of the policy come
         ref_logps = trl_compat.pair_reference_logps(self, inputs) if step.ref_logps is None else step.ref_logps
+        columns = self._complete(columns, inputs, ref_logps) if step.columns is None else step.columns
         if step.noise is not None:
             step.noise.restore()
         grad_norms, metrics = None, dict[str, torch.Tensor]()
         if self._is_penalised(step.index):
-            outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, metrics)
+            outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, columns, metrics)
         else:
             outputs = trl_compat.policy_forward(self, model, inputs)
         logratios = self._logratios(outputs.log_probs, inputs, ref_logps)
         by_class = dict(zip(("chosen", "rejected"), logratios.chunk(2), strict=True))
         metrics |= {f"logratios/{label}": values.mean() for label, values in by_class.items()}
 
+        self._observe(self._pairs(logratios, inputs, columns), metrics)
+
         our_losses = {}
         for name, _ in ours:
             family = LOSS_TYPES[name].family
             if family == "density_ratio":
-                values = self._density_ratio_loss(name, logratios, metrics)
+                values = weighted(self._density_ratio_loss(name, logratios, metrics), columns)
             elif family == "pair":
-                values = self._pair_loss(name, logratios, inputs)
+                values = weighted(self._pair_loss(name, logratios, inputs, columns), columns)
             else:
-                values = self._pair_loss(self.args.inner_loss_type, logratios, inputs)
+                values = weighted(self._pair_loss(self.args.inner_loss_type, logratios, inputs, columns), columns)
                 if LOSS_TYPES[name].temperature:
                     values = self._reweighted(name, values, step, metrics)
+                elif LOSS_TYPES[name].state:
+                    values = columns[name] * values
                 elif grad_norms is not None:
-                    values = values + self._penalty(grad_norms, metrics)
+                    values = values + self._penalty(grad_norms, columns, metrics)
             our_losses[name] = step.scale * values.mean()
-        means = self._record(our_losses, metrics, lambda: by_class, len(logratios) // 2)
-        self._adapt_finite_difference(means)
+        if ours:
+            means = self._record(our_losses, metrics, lambda: by_class, len(logratios) // 2)
+            self._adapt_finite_difference(means)
 
-        theirs = [pair for pair in zip(self.loss_types, self.loss_weights, strict=True) if pair not in ours]
         loss = sum(weight * our_losses[name] for name, weight in ours)
-        result = trl_compat.pair_loss_and_metrics(self, model, inputs, outputs, ref_logps, theirs, return_outputs)
+        result = trl_compat.pair_loss_and_metrics(
+            self, model, inputs, outputs, ref_logps, theirs, return_outputs, their_weights
+        )
         if return_outputs:
             return loss + step.scale * result[0], result[1]
         return loss + step.scale * result
@@ -128,11 +165,26 @@ class DPOTrainer(Reweighting, InputGradientPenalty, Safeguards, CheckedInputs, t
         """z of the completions, `(2n,)`: chosen, then rejected."""
         return trl_compat.completion_logps(self, log_probs, inputs["completion_mask"]) - ref_logps
 
-    def _pair_loss(self, name: str, logratios: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    def _pair_loss(
+        self, name: str, logratios: torch.Tensor, inputs: dict[str, Any], columns: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """The pair loss called `name`, `(n,)`, of `(2n,)` log-ratios."""
+        pairs = self._pairs(logratios, inputs, columns)
+        return objectives.pair_loss(name, *pairs[:3], self.args, pairs.columns)
+
+    def _complete(
+        self, columns: dict[str, torch.Tensor], inputs: dict[str, Any], ref_logps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The columns, with all else that the losses in use look at."""
+        columns = self._with_numbers(columns, like=ref_logps.chunk(2)[0])
+        return self._with_references(columns, inputs, ref_logps)
+
+    def _pairs(
+        self, logratios: torch.Tensor, inputs: dict[str, Any], columns: dict[str, torch.Tensor]
+    ) -> objectives.Pairs:
         lengths = inputs["completion_mask"].sum(dim=1).clamp(min=1).view(2, -1)
         chosen, rejected = logratios.chunk(2)
-        return objectives.pair_loss(name, chosen, rejected, lengths, self.args)
+        return objectives.Pairs(chosen, rejected, lengths, columns)
 
     def _density_ratio_loss(
         self, name: str, logratios: torch.Tensor, metrics: dict[str, torch.Tensor]

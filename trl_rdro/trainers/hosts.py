@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         """`DPOTrainer` or `KTOTrainer`."""
 
         _ours: list[str]  # our losses in use, set before TRL's constructor
+        _used: tuple[str, ...]  # and the one inside a robust loss, if it is ours
         _reference_columns: tuple[str, ...]  # where a data set can bring its own reference log-probabilities
 
     class PairHost(Host):
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
             self, log_probs: torch.Tensor, inputs: dict[str, Any], ref_logps: torch.Tensor
         ) -> torch.Tensor: ...
 
-        def _pair_loss(self, name: str, logratios: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor: ...
+        def _pair_loss(
+            self, name: str, logratios: torch.Tensor, inputs: dict[str, Any], columns: dict[str, torch.Tensor]
+        ) -> torch.Tensor: ...
+
+        def _complete(
+            self, columns: dict[str, torch.Tensor], inputs: dict[str, Any], ref_logps: torch.Tensor
+        ) -> dict[str, torch.Tensor]: ...
 
 else:
     Host = PairHost = object

@@ -34,6 +34,7 @@ class InputGradientPenalty(PairHost):
         model: torch.nn.Module,
         inputs: dict[str, Any],
         ref_logps: torch.Tensor,
+        columns: dict[str, torch.Tensor],
         metrics: dict[str, torch.Tensor],
     ) -> tuple[Any, torch.Tensor]:
         """The policy's outputs, and the `(n,)` norms of the input gradients of its pairs.
@@ -43,7 +44,8 @@ class InputGradientPenalty(PairHost):
         """
 
         def pair_loss(log_probs):
-            return self._pair_loss(self.args.inner_loss_type, self._logratios(log_probs, inputs, ref_logps), inputs)
+            logratios = self._logratios(log_probs, inputs, ref_logps)
+            return self._pair_loss(self.args.inner_loss_type, logratios, inputs, columns)
 
         noise = NoiseState(self.accelerator.device)
         bare_model, embedding = self._unwrapped(model)  # bare: no gradient is to be reduced for its forward
@@ -82,13 +84,18 @@ class InputGradientPenalty(PairHost):
             self._unwrapped_of = model, unwrapped
         return self._unwrapped_of[1]
 
-    def _penalty(self, grad_norms: torch.Tensor, metrics: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The penalty of each pair, `(n,)`."""
+    def _penalty(
+        self, grad_norms: torch.Tensor, columns: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The penalty of each pair, `(n,)`. It is of squares, so that a pair's weight enters the norm by its root."""
         kind, mean_square = self.args.wdpo_penalty, None
+        metrics["wdpo/grad_norm"] = grad_norms.mean()
+        if "weight" in columns:
+            grad_norms = grad_norms * columns["weight"].sqrt()
         if kind == "rms":
             mean_square = self.accelerator.gather(grad_norms.detach().square()).mean()
         penalty = losses.wdpo_penalty(grad_norms, self.args.wdpo_rho, kind, mean_square)
-        metrics |= {"wdpo/grad_norm": grad_norms.mean(), "wdpo/penalty": penalty.mean()}
+        metrics["wdpo/penalty"] = penalty.mean()
         # Weighs for the micro-batches that are passed over
         return penalty * self.args.wdpo_interval if self.model.training else penalty
 

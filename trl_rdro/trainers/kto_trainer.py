@@ -15,6 +15,7 @@ from ..log import get_logger
 from ..losses.types import LOSS_TYPES
 from . import objectives
 from .checked_inputs import CheckedInputs
+from .columns import Columns, split_columns, weighted
 from .common import describe_in_model_card, require_own_config
 from .safeguards import Safeguards
 from .step import split_step, with_steps
@@ -23,7 +24,7 @@ from .step import split_step, with_steps
 logger = get_logger(__name__)
 
 
-class KTOTrainer(Safeguards, CheckedInputs, trl.KTOTrainer):
+class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
     """
     [`trl.KTOTrainer`] whose `loss_type` can also be `"ddro"` or `"rdro"`. Takes the same arguments; runs with TRL's
     own losses are TRL's, to the last bit.
@@ -50,6 +51,7 @@ class KTOTrainer(Safeguards, CheckedInputs, trl.KTOTrainer):
     args: KTOConfig
     _method = "kto"
     _reference_columns = ("ref_logps",)
+    _column_names = ("weight",)
 
     def __init__(
         self,
@@ -67,7 +69,9 @@ class KTOTrainer(Safeguards, CheckedInputs, trl.KTOTrainer):
             args = KTOConfig(f"{trl_compat.model_name(model)}-KTO")
         ours = [args.loss_type] if args.loss_type in LOSS_TYPES else []
         require_own_config(args, ours, KTOConfig)
-        train_dataset, eval_dataset, example = check_datasets(self._method, train_dataset, eval_dataset)
+        train_dataset, eval_dataset, example = check_datasets(
+            self._method, train_dataset, eval_dataset, read=self._column_names
+        )
         if ours and example.keys() & {"image", "images"}:
             raise ValueError(f"`{args.loss_type}` is not implemented for unpaired image data. Use `DPOTrainer`.")
         if args.loss_type == "kto" and "prompt_ids" in example and not {"completion", "chosen"} & example.keys():
@@ -93,6 +97,7 @@ class KTOTrainer(Safeguards, CheckedInputs, trl.KTOTrainer):
             )
         self.loss_type = args.loss_type
         self._set_up_safeguards(model, given_reference=ref_model is not None)
+        self._set_up_columns()
         if ours and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
             logger.warning(
                 f"`desirable_weight={self.desirable_weight}` and `undesirable_weight={self.undesirable_weight}` "
@@ -108,10 +113,10 @@ class KTOTrainer(Safeguards, CheckedInputs, trl.KTOTrainer):
         is_training = not self._training_set_is_prepared
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if is_training and self._ours and isinstance(dataset, Dataset):
-            self._count_classes(dataset["label"])
+            self._count_classes(dataset["label"], dataset["weight"] if "weight" in dataset.column_names else None)
         return dataset
 
-    def _count_classes(self, labels: list[bool]) -> None:
+    def _count_classes(self, labels: list[bool], weights: list[float] | None) -> None:
         preferred, total = sum(labels), len(labels)
         if preferred in (0, total):
             raise ValueError(
@@ -119,6 +124,8 @@ class KTOTrainer(Safeguards, CheckedInputs, trl.KTOTrainer):
                 "ratio needs both classes. Add completions with the other label."
             )
         counted = preferred / total
+        if weights is not None:
+            counted = sum(weight for weight, label in zip(weights, labels, strict=True) if label) / sum(weights)
         if self.preferred_fraction is None:
             self.preferred_fraction = counted
             logger.info(f"Preferred fraction {counted:.4f}: {preferred} of {total} training completions.")
@@ -152,8 +159,11 @@ class KTOTrainer(Safeguards, CheckedInputs, trl.KTOTrainer):
         return batch_samples, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs, columns = split_columns(inputs)
         if not self._ours:
             with trl_compat.unchanged_requires_grad(self.model):
+                if "weight" in columns and "weight" not in inputs:  # which TRL reads itself once it does
+                    return trl_compat.unpaired_loss(self, model, inputs, return_outputs, columns["weight"])
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         assert self.preferred_fraction is not None  # given, or counted by `_prepare_dataset`
@@ -171,7 +181,7 @@ class KTOTrainer(Safeguards, CheckedInputs, trl.KTOTrainer):
         assert fraction is not None  # as above
         weights = losses.class_weights(preferred, fraction)
         weights = weights * torch.where(preferred, self.desirable_weight, self.undesirable_weight)
-        loss = step.scale * (weights * values).mean()
+        loss = step.scale * weighted(weights * values, columns).mean()
         self._record(
             {self.loss_type: loss},
             {},

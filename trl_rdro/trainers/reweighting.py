@@ -9,6 +9,7 @@ from ..compat import engines
 from ..compat import trl as trl_compat
 from ..losses.types import LOSS_TYPES
 from . import objectives
+from .columns import split_columns, weighted
 from .hosts import PairHost
 from .noise import NoiseState
 from .step import Step, split_step
@@ -34,13 +35,15 @@ class Reweighting(PairHost):
         with engines.without_checkpointing(self), self.compute_loss_context_manager():
             for batch in batch_samples:
                 inputs, step = split_step(batch)
-                inputs = self._prepare_inputs(inputs)
+                inputs, columns = split_columns(self._prepare_inputs(inputs))
                 step.ref_logps = trl_compat.pair_reference_logps(self, inputs)
+                step.columns = columns = self._complete(columns, inputs, step.ref_logps)
                 noise = NoiseState(self.accelerator.device)
                 outputs = trl_compat.policy_forward(self, model, inputs)
                 step.noise = noise if noise.was_drawn_from() else None
                 logratios = self._logratios(outputs.log_probs, inputs, step.ref_logps)
-                pair_losses.append(self._pair_loss(self.args.inner_loss_type, logratios, inputs))
+                values = self._pair_loss(self.args.inner_loss_type, logratios, inputs, columns)
+                pair_losses.append(weighted(values, columns))
                 steps.append(step)
         all_pair_losses = self.accelerator.gather(torch.cat(pair_losses))
         for step, values in zip(steps, pair_losses, strict=True):

@@ -20,6 +20,7 @@ class Step:
         scale: by which its mean enters the step's mean.
         noise: before the forward that `pair_losses` come from, if that forward drew random numbers.
         ref_logps: `(2n,)` reference log-probabilities, where they had to be known before.
+        columns: what the losses look at beside log-ratios, where it had to be known before.
         pair_losses: `(n,)` losses of its pairs before the step, without graph, where a loss weighs the step's pairs.
         all_pair_losses: `(N,)` those of all micro-batches and ranks.
     """
@@ -28,6 +29,7 @@ class Step:
     scale: float = 1.0
     noise: NoiseState | None = None
     ref_logps: torch.Tensor | None = None
+    columns: dict[str, torch.Tensor] | None = None
     pair_losses: torch.Tensor | None = None
     all_pair_losses: torch.Tensor | None = None
 
