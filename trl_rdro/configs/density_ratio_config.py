@@ -1,6 +1,7 @@
 """The fields of the density-ratio losses, shared by `DPOConfig` (pairs) and `KTOConfig` (labelled completions)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..losses.types import of_family
 
@@ -58,3 +59,11 @@ def require_cap_above_start(t: float, cap: float) -> None:
             f"{cap!r}: training would start beyond the cap, where the loss is only its linear continuation. Raise "
             "`ddro_cap`."
         )
+
+
+def require_cap_above_start_of(args: Any, preferred_fraction: float | None) -> None:
+    """`require_cap_above_start` of a `KTOConfig`, once the preferred fraction is known, which is t unless that is
+    set."""
+    t = preferred_fraction if args.ddro_t is None else args.ddro_t
+    if args.loss_type == "ddro" and t is not None:
+        require_cap_above_start(t, args.ddro_cap)

@@ -83,7 +83,7 @@ def in_use(loss_types: Iterable[str], inner: str | None) -> tuple[str, ...]:
     """Our losses among `loss_types`, and `inner` where one of them is a robust loss and `inner` is ours."""
     ours = [name for name in loss_types if name in LOSS_TYPES]
     inside = any(LOSS_TYPES[name].family == "robust" for name in ours) and inner in LOSS_TYPES
-    return tuple(dict.fromkeys([*ours, inner] if inside else ours))
+    return tuple(dict.fromkeys([*ours, inner] if inside and inner is not None else ours))
 
 
 def column_names(names: Iterable[str]) -> tuple[str, ...]:

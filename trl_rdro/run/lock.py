@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -14,10 +14,9 @@ from accelerate.utils import broadcast_object_list
 from ..errors import UserError
 
 
-try:
+fcntl: Any = None
+with suppress(ImportError):  # Windows has none
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # The underscore keeps it out of what the Trainer uploads
 LOCK = "_lock"

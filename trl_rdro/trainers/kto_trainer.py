@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from .. import losses
 from ..checks.datasets import check_datasets
 from ..compat import trl as trl_compat
+from ..configs.density_ratio_config import require_cap_above_start_of
 from ..configs.kto_config import KTOConfig
 from ..log import get_logger
 from ..losses.types import LOSS_TYPES
@@ -87,6 +88,7 @@ class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
                     "streaming `train_dataset`. Set `preferred_fraction`, or load the data set without streaming."
                 )
             self.preferred_fraction = 0.5  # pairs
+            require_cap_above_start_of(args, self.preferred_fraction)
         self._check_model(model, args, processing_class)
         describe_in_model_card(self, ours)
         self._ours = ours
@@ -113,19 +115,18 @@ class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
         is_training = not self._training_set_is_prepared
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if is_training and self._ours and isinstance(dataset, Dataset):
-            self._count_classes(dataset["label"], dataset["weight"] if "weight" in dataset.column_names else None)
+            self._count_classes(dataset, args)
         return dataset
 
-    def _count_classes(self, labels: list[bool], weights: list[float] | None) -> None:
+    def _count_classes(self, dataset: Dataset, args: KTOConfig) -> None:
+        labels = dataset["label"]
         preferred, total = sum(labels), len(labels)
         if preferred in (0, total):
             raise ValueError(
                 f"All {total} completions of `train_dataset` are {'' if preferred else 'non-'}preferred: a density "
                 "ratio needs both classes. Add completions with the other label."
             )
-        counted = preferred / total
-        if weights is not None:
-            counted = sum(weight for weight, label in zip(weights, labels, strict=True) if label) / sum(weights)
+        counted = _preferred_share(dataset)
         if self.preferred_fraction is None:
             self.preferred_fraction = counted
             logger.info(f"Preferred fraction {counted:.4f}: {preferred} of {total} training completions.")
@@ -134,6 +135,7 @@ class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
                 f"Preferred fraction {self.preferred_fraction:.4f} as set; {counted:.4f} ({preferred} of {total}) was "
                 "counted on the training set."
             )
+        require_cap_above_start_of(args, self.preferred_fraction)
 
     def get_eval_dataloader(self, eval_dataset=None):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -148,9 +150,9 @@ class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
         """Remember the preferred fraction of the set that is evaluated next."""
         self._evaluated_fraction = self.preferred_fraction
         if self._ours and isinstance(dataset, Dataset):
-            labels = dataset.with_format(None)["label"][:]
-            if 0 < sum(labels) < len(labels):
-                self._evaluated_fraction = sum(labels) / len(labels)
+            share = _preferred_share(dataset)
+            if 0 < share < 1:
+                self._evaluated_fraction = share
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -213,3 +215,11 @@ class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
             if counts[i] > 0:
                 metrics |= {name.format(label): row[i] / counts[i] for name, row in zip(columns, sums, strict=True)}
         return metrics
+
+
+def _preferred_share(dataset: Dataset) -> float:
+    """The share of a set's completions, by their weights if they have some, whose label is True."""
+    dataset = dataset.with_format(None)
+    labels = dataset["label"][:]
+    weights = dataset["weight"][:] if "weight" in dataset.column_names else [1.0] * len(labels)
+    return sum(weight for weight, label in zip(weights, labels, strict=True) if label) / sum(weights)
