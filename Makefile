@@ -56,7 +56,7 @@ bench: $(TEST_STAMP)  ## time and memory beside stock TRL, as a table; BENCH_ARG
 		$(BIN)/python scripts/bench.py $(BENCH_ARGS)
 
 # What a change of a loss, an option or a command breaks first. Nothing that starts a process, and little that trains.
-FAST := tests/losses tests/configs tests/trainers/test_objectives.py tests/trainers/test_dataset_checks.py tests/cli
+FAST := tests/losses tests/configs tests/trainers/test_objectives.py tests/checks tests/cli
 
 test-fast: $(TEST_STAMP)  ## run the tests of losses, configs, objectives and parsing: under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(FAST) $(PYTEST_ARGS)

@@ -1,4 +1,7 @@
-"""Everything of TRL that is used here without being documented there. Last checked against TRL 1.16."""
+"""Everything of TRL that is used here without being documented there. Last checked against TRL 1.16.
+
+Longer than other files, because whoever moves to another TRL looks through all of it at once.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable

@@ -81,8 +81,8 @@ def ddro_loss(logratios: torch.Tensor, preferred: torch.Tensor, t: float = 0.5, 
 def ddro_beyond_cap(logratios: torch.Tensor, t: float = 0.5, cap: float = 0.99) -> torch.Tensor:
     """Which completions lie beyond the cap of `ddro_loss`: r > cap/t. Bool tensor of the shape of `logratios`.
 
-    Non-preferred ones there show the instability that the cap contains; preferred ones show that the cap biases the
-    result.
+    Non-preferred ones there show the instability that the cap contains; preferred ones, that the reference is not the
+    mixture t p+ + (1 - t) p-, under which r < 1/t.
     """
     return as_float(logratios) > math.log(cap / t)
 
