@@ -17,7 +17,7 @@ from ..errors import UserError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # The underscore keeps it out of what the Trainer uploads
 LOCK = "_lock"

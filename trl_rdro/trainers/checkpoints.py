@@ -90,7 +90,7 @@ class Checkpoints(Host):
 
     def _find(self, wanted: str | bool, args: Any, warn: Callable[[str], Any]) -> str | None:
         """The checkpoint that was asked for, or with True the newest that is complete for every process."""
-        if wanted is not True:
+        if not isinstance(wanted, bool):
             if found := fault(wanted):
                 raise UserError(
                     f"`resume_from_checkpoint={str(wanted)!r}` is not a complete checkpoint: {found}. Give another, "
@@ -100,16 +100,16 @@ class Checkpoints(Host):
         faults = {str(checkpoint): fault(checkpoint) for checkpoint in checkpoints(args.output_dir)}
         everywhere = gather_object([faults]) if args.world_size > 1 else [faults]
         for checkpoint in everywhere[0]:
-            found = [each.get(checkpoint, "another process does not see it") for each in everywhere]
-            if not any(found):
+            reasons = [each.get(checkpoint, "another process does not see it") for each in everywhere]
+            if not any(reasons):
                 return checkpoint
-            warn(f"{checkpoint} is not complete and is passed over: {next(filter(None, found))}.")
+            warn(f"{checkpoint} is not complete and is passed over: {next(filter(None, reasons))}.")
         return None
 
     def _check_settings(self, checkpoint: str | None, args: Any) -> None:
         begun = read_settings(checkpoint) if checkpoint else None
         changed = differences(begun, self._begun_with) if begun else []
-        if not changed:
+        if checkpoint is None or not changed:
             return
         if not getattr(args, "resume_with_changes", False):
             raise UserError(refusal(checkpoint, changed, "accept the change with `resume_with_changes=True`"))
@@ -191,6 +191,7 @@ class Checkpoints(Host):
 
     def _add_states_of_new_callbacks(self) -> None:
         """Callbacks that the resumed checkpoint did not have: the Trainer looks each of them up when it saves."""
+        states: Any = self.state.stateful_callbacks  # by the callbacks' names
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+                states.setdefault(type(callback).__name__, callback.state())
