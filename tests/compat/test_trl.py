@@ -126,5 +126,5 @@ def test_the_trainer_state_is_the_last_that_a_checkpoint_gets():
             "rotate_checkpoints(",
         )
     ]
-    assert positions == sorted(positions), "last seen in transformers 5.23; mend trl_rdro/trainers/safeguards.py"
+    assert positions == sorted(positions), "last seen in transformers 5.23; mend trl_rdro/trainers/checkpoints.py"
     assert list(inspect.signature(transformers.Trainer._get_output_dir).parameters) == ["self", "trial"]

@@ -1,18 +1,9 @@
-"""
-A training run of the command line in a forked process, which interrupts itself at a given point.
+"""A training run of the command line, which interrupts itself at a given point."""
 
-A server that has imported everything forks the processes: each would spend ten seconds on that.
-"""
-
-import multiprocessing
 import os
 import signal
 import sys
 
-from .. import conftest  # noqa: F401  (before torch: threads, no hub)
-
-
-# isort: split
 import torch
 from transformers import TrainerCallback
 
@@ -50,23 +41,9 @@ def interrupt(moment: str) -> None:
         trainer_class.train, trainer_class._save_optimizer_and_scheduler = train, save
 
 
-def run(argv: list[str], moment: str | None, log: str) -> None:
-    sys.stdout.flush()
-    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    for descriptor in (1, 2):
-        os.dup2(file, descriptor)
+def run(argv: list[str], moment: str | None) -> None:
     torch.set_num_threads(1)
     end_on_signals()
     if moment:
         interrupt(moment)
     sys.exit(trl_rdro.cli.train.main(argv[0], argv[1:]))
-
-
-def run_in_process(argv: list[str], moment: str | None, log: str) -> int:
-    """The exit code of the run; what it said is in `log`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=run, args=(argv, moment, log))
-    process.start()
-    process.join(120)
-    return process.exitcode

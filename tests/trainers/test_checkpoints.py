@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -13,38 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl_rdro import DPOTrainer, KTOTrainer
 from trl_rdro.run.completeness import fault, is_complete, last_complete_checkpoint
 from trl_rdro.run.disk import DiskFull
 from trl_rdro.trainers import checkpoints
 from trl_rdro.trainers.checkpoints import non_finite_parameters
 
 from ..run.test_files_of_a_run import hold
-from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
+from ..tiny import save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
+from ..training import lora, make_trainer
 
 
-LORA = dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-@pytest.fixture(scope="module")
-def qwen2(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def messages(caplog):
-    caplog.set_level(logging.INFO, logger="trl_rdro")
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("trl_rdro")]
-
-
-def make(model, output_dir, trainer_class=DPOTrainer, config_class=DPOConfig, trainer_kwargs=None, **settings):
-    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3, **settings}
+def make(model, output_dir, trainer_class=DPOTrainer, trainer_kwargs=None, **settings):
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, **settings}
     kwargs = {"train_dataset": tiny_preferences(16), **(trainer_kwargs or {})}
-    return trainer_class(model, args=config_class(**cpu_args(output_dir=str(output_dir), **settings)), **kwargs)
+    return make_trainer(model, output_dir, trainer_class, kwargs, **settings)
 
 
 # Complete or not
@@ -54,7 +39,7 @@ def make(model, output_dir, trainer_class=DPOTrainer, config_class=DPOConfig, tr
 def saved(qwen2, tmp_path_factory) -> dict[str, Path]:
     """A checkpoint of each layout that one process can write, and likenesses of the others."""
     root = tmp_path_factory.mktemp("saved")
-    kwargs = {"peft_config": LoraConfig(**LORA)}
+    kwargs = {"peft_config": lora()}
     make(qwen2, root / "full", max_steps=1).train()
     make(qwen2, root / "adapter", max_steps=1, trainer_kwargs=kwargs).train()
     found = {name: root / name / "checkpoint-1" for name in ("full", "adapter")}
@@ -211,10 +196,10 @@ def test_a_checkpoint_of_weights_only_is_not_complete(qwen2, tmp_path, messages)
     assert any("starting from the beginning" in line for line in messages())
 
 
-@pytest.mark.parametrize("trainer_class, config_class", [(DPOTrainer, DPOConfig), (KTOTrainer, KTOConfig)])
-def test_a_damaged_newest_checkpoint_is_passed_over(qwen2, tmp_path, messages, trainer_class, config_class):
+@pytest.mark.parametrize("trainer_class", [DPOTrainer, KTOTrainer])
+def test_a_damaged_newest_checkpoint_is_passed_over(qwen2, tmp_path, messages, trainer_class):
     """However it is damaged: the older one is taken, and the run ends as it would have."""
-    whole = make(qwen2, tmp_path / "whole", trainer_class, config_class)
+    whole = make(qwen2, tmp_path / "whole", trainer_class)
     whole.train(resume_from_checkpoint=True)
     expected = whole.model.state_dict()
     for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"):
@@ -222,7 +207,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(qwen2, tmp_path, messages, t
         shutil.copytree(tmp_path / "whole", broken)
         halved(broken / "checkpoint-3" / name)
         (broken / "checkpoint-2" / name).unlink()
-        resumed = make(qwen2, broken, trainer_class, config_class)
+        resumed = make(qwen2, broken, trainer_class)
         resumed.train(resume_from_checkpoint=True)
         assert resumed._resumed_from == str(broken / "checkpoint-1")
         lines = [line for line in messages() if str(broken) in line and "is not complete and is passed over" in line]
@@ -286,7 +271,7 @@ def test_another_run_is_refused_before_a_model_is_loaded(qwen2, tmp_path, messag
             r"`learning_rate` 0.001 .*`gradient_accumulation",
         ),
         ({}, other, r"`data` '16 rows of chosen, prompt, rejected, \w+' \(now "),
-        ({}, {"peft_config": LoraConfig(**LORA)}, r"`adapter.\w+` None"),
+        ({}, {"peft_config": lora()}, r"`adapter.\w+` None"),
         ({}, {"ref_model": tiny_qwen2(seed=2)}, r"`ref_model` None"),
     ]
     for settings, kwargs, sentence in changes:
@@ -296,8 +281,9 @@ def test_another_run_is_refused_before_a_model_is_loaded(qwen2, tmp_path, messag
         trainer = make(qwen2, tmp_path, trainer_kwargs=kwargs, **settings)
         with pytest.raises(ValueError, match=sentence):
             trainer.train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="`model` 'qwen2 .*now 'no/such"):
-        make("no/such/model", tmp_path, loss_type="kldpo", resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    other_model = save_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="`model` 'qwen2 .*now 'qwen2 "):
+        make(other_model, tmp_path, loss_type="kldpo", resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     # The same run, with other habits
     same = make(qwen2, tmp_path, loss_type="kldpo", resume_from_checkpoint="true", logging_steps=7, save_steps=2)
     same.train(resume_from_checkpoint=True)
@@ -317,16 +303,16 @@ def test_a_change_can_be_accepted(qwen2, tmp_path, messages):
 
 
 def test_our_unpaired_losses_are_known_by_their_name(qwen2, tmp_path):
-    make(qwen2, tmp_path, KTOTrainer, KTOConfig, loss_type="rdro", max_steps=1).train()
+    make(qwen2, tmp_path, KTOTrainer, loss_type="rdro", max_steps=1).train()
     assert json.loads((tmp_path / "checkpoint-1" / "run_settings.json").read_text())["loss_type"] == "rdro"
     with pytest.raises(ValueError, match=r"`loss_type` 'rdro' \(now 'ddro'\)"):
         settings = {"loss_type": "ddro", "max_steps": 1, "resume_from_checkpoint": "true"}
-        make(qwen2, tmp_path, KTOTrainer, KTOConfig, **settings)
+        make(qwen2, tmp_path, KTOTrainer, **settings)
 
 
 def test_the_same_objects_make_the_same_run_again(qwen2, tmp_path):
     """PEFT writes the modules that it found into the given configuration."""
-    peft_config = LoraConfig(**LORA)
+    peft_config = lora()
     for _ in range(2):
         trainer = make(qwen2, tmp_path, max_steps=1, trainer_kwargs={"peft_config": peft_config})
         trainer.train(resume_from_checkpoint=True)

@@ -11,23 +11,21 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import yaml
 
 from trl_rdro.run.completeness import fault, is_complete, last_complete_checkpoint
 
-from ..tiny import cpu_args, save_tiny, tiny_preferences
-from .interruption_worker import run_in_process
-
-
-ROOT = Path(__file__).parents[2]
+from .. import processes
+from ..helpers import ROOT
+from ..tiny import cpu_args, tiny_preferences
+from . import interruption_worker
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> dict:
+def inputs(qwen2, tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("inputs")
     tiny_preferences(40).to_json(str(root / "pairs.jsonl"))
-    return {"model_name_or_path": save_tiny(root), "dataset_name": str(root / "pairs.jsonl")}
+    return {"model_name_or_path": qwen2, "dataset_name": str(root / "pairs.jsonl")}
 
 
 def command(method: str, inputs: dict, output: Path, **settings) -> list[str]:
@@ -70,20 +68,22 @@ RUNS = {
 @pytest.mark.parametrize("run", RUNS)
 def test_interrupted_in_every_way_a_run_ends_with_the_same_weights(inputs, tmp_path, run):
     method, settings = RUNS[run]
-    log = tmp_path / "log"
     weights = "adapter_model.safetensors" if settings.get("use_peft") else "model.safetensors"
-    assert run_in_process(command(method, inputs, tmp_path / "whole", **settings), None, str(log)) == 0, (
-        log.read_text()
-    )
     broken = tmp_path / "broken"
     argv = command(method, inputs, broken, **settings)
 
-    def stopped(moment: str, code: int) -> str:
-        assert run_in_process(argv, moment, str(log)) == code, log.read_text()
-        text = log.read_text()
-        assert "Traceback" not in text
-        return text
+    def run_once(argv: list[str], moment: str | None) -> tuple[int, str]:
+        log = tmp_path / f"{argv[2].rsplit('/')[-1]} {moment}.log"
+        (code,) = processes.run(interruption_worker.run, argv, moment, log=log)
+        return code, log.read_text()
 
+    def stopped(moment: str, expected: int) -> str:
+        code, printed = run_once(argv, moment)
+        assert code == expected and "Traceback" not in printed, printed[-3000:]
+        return printed
+
+    code, printed = run_once(command(method, inputs, tmp_path / "whole", **settings), None)
+    assert code == 0, printed[-3000:]
     assert "SIGTERM: there is no complete checkpoint yet" in stopped("SIGTERM step 2", 143)
     stopped("SIGKILL step 4", -9)
     assert last_complete_checkpoint(broken) == str(broken / "checkpoint-3")
@@ -97,40 +97,13 @@ def test_interrupted_in_every_way_a_run_ends_with_the_same_weights(inputs, tmp_p
     assert "checkpoint-6 is not complete and is passed over: it was not written to its end" in said
     assert "Resuming from" in said and f"goes on from {broken / 'checkpoint-6'}." in said
     os.truncate(broken / "checkpoint-6" / "optimizer.pt", 1000)
-    assert run_in_process(argv, None, str(log)) == 0, log.read_text()
-    assert "checkpoint-6 is not complete and is passed over: optimizer.pt is damaged" in log.read_text()
+    code, printed = run_once(argv, None)
+    assert code == 0, printed[-3000:]
+    assert "checkpoint-6 is not complete and is passed over: optimizer.pt is damaged" in printed
     assert filecmp.cmp(tmp_path / "whole" / weights, broken / weights, shallow=False)
     first = tmp_path / "whole" / "checkpoint-3" / weights
     assert not filecmp.cmp(first, broken / weights, shallow=False), "equality says something"
     assert fault(broken / "checkpoint-9") is None
-
-
-def run_worker(model: str, output: Path, loss: str, die_at: str = "") -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    worker = ["-m", "tests.trainers.crash_worker", model, str(output), loss, die_at]
-    return subprocess.run([sys.executable, *launcher, *worker], capture_output=True, text=True, cwd=ROOT)
-
-
-@pytest.mark.slow
-def test_two_processes_with_sharded_states(inputs, tmp_path):
-    """ZeRO-3: killed between checkpoints, then while one is written, then one rank's part of the newest is damaged."""
-    pytest.importorskip("deepspeed")
-    model = inputs["model_name_or_path"]
-    whole = run_worker(model, tmp_path / "whole", "wdpo")
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    broken = tmp_path / "broken"
-    for die_at in ("step 4", "writing 6"):  # checkpoints at 3, 6 and 9 of 9 steps
-        assert "Signal 9 (SIGKILL)" in run_worker(model, broken, "wdpo", die_at).stderr
-    assert (broken / "checkpoint-6").exists() and not is_complete(broken / "checkpoint-6")
-    assert "Signal 9 (SIGKILL)" in run_worker(model, broken, "wdpo", "step 8").stderr
-    assert is_complete(broken / "checkpoint-6")
-    shard = next((broken / "checkpoint-6").glob("global_step6/*zero_pp_rank_1*optim_states.pt"))
-    os.truncate(shard, shard.stat().st_size - 1)
-    finished = run_worker(model, broken, "wdpo")
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    assert f"checkpoint-6 is not complete and is passed over: {shard.name} is damaged" in finished.stderr
-    weights, resumed = (torch.load(path / "final.pt") for path in (tmp_path / "whole", broken))
-    assert weights.keys() == resumed.keys() and all(torch.equal(weights[name], resumed[name]) for name in weights)
 
 
 def wait_for(condition, process, seconds: int = 120) -> None:

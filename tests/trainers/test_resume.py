@@ -1,6 +1,6 @@
 """A run that was killed, whenever, goes on where it was and ends with the weights of an unbroken one."""
 
-import json
+import os
 import signal
 from pathlib import Path
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from trl_rdro.losses.types import of_family
-from trl_rdro.trainers.safeguards import is_complete, last_complete_checkpoint
+from trl_rdro.run.completeness import is_complete
 
 from .. import processes
 from ..loss_cases import KINDS
-from ..training import make_trainer, same_parameters
+from ..training import same_parameters
 from . import crash_worker
 
 
@@ -27,7 +27,7 @@ RUNS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("loss, unpaired, world", RUNS)
 def test_kill_9_and_the_same_command_again(qwen2, tmp_path, loss, unpaired, world):
-    """Killed between checkpoints, then while one is being written."""
+    """Killed between checkpoints, while one is being written, and the last time with the newest one damaged."""
     if world > 1:
         pytest.importorskip("deepspeed")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -46,34 +46,14 @@ def test_kill_9_and_the_same_command_again(qwen2, tmp_path, loss, unpaired, worl
         code, printed = run(broken, die_at)
         assert code == -signal.SIGKILL, printed[-2000:]
     assert (broken / "checkpoint-6").exists() and not is_complete(broken / "checkpoint-6")
+    code, printed = run(broken, "step 8")
+    assert code == -signal.SIGKILL, printed[-2000:]
+    assert "checkpoint-6 is not complete and is passed over: it was not written to its end" in printed
+    assert "Resuming from" in printed and "checkpoint-3" in printed
+    # The state of the optimiser, or the last process's part of it
+    damaged = sorted((broken / "checkpoint-6").rglob("*optim*.pt"))[-1]
+    os.truncate(damaged, damaged.stat().st_size - 1)
     code, printed = run(broken)
     assert code == 0, printed[-2000:]
-    assert "checkpoint-6 was not written to its end" in printed
-    assert "Resuming from" in printed and "checkpoint-3" in printed
+    assert f"checkpoint-6 is not complete and is passed over: {damaged.name} is damaged" in printed
     assert same_parameters(*(torch.load(path / "final.pt") for path in (whole, broken)))
-
-
-def test_only_complete_checkpoints_are_resumed_from(qwen2, tmp_path, messages):
-    trainer = make_trainer(qwen2, tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
-    trainer.train(resume_from_checkpoint=True)
-    assert any("starting from the beginning" in line for line in messages())
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
-    state = tmp_path / "checkpoint-3" / "trainer_state.json"
-    state.write_text(state.read_text()[:-20])
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    with pytest.raises(ValueError, match="not a checkpoint that was written to its end"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps([]))
-    assert last_complete_checkpoint(tmp_path) is None
-
-
-def test_a_checkpoint_that_is_written_over_is_incomplete_meanwhile(qwen2, tmp_path):
-    """A run that starts again over the checkpoints of an earlier one must not leave a mixture that looks complete."""
-    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    make_trainer(qwen2, tmp_path, **settings).train()
-    again, seen = make_trainer(qwen2, tmp_path, **settings), []
-    save_optimizer = again._save_optimizer_and_scheduler
-    again._save_optimizer_and_scheduler = lambda path: (seen.append(is_complete(Path(path))), save_optimizer(path))
-    again.train()
-    assert seen == [False] and is_complete(tmp_path / "checkpoint-1")

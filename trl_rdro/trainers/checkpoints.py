@@ -90,8 +90,8 @@ class Checkpoints(Host):
 
     def _find(self, wanted: str | bool, args: Any, warn: Callable[[str], Any]) -> str | None:
         """The checkpoint that was asked for, or with True the newest that is complete for every process."""
-        if wanted is not True:
-            if found := fault(str(wanted)):
+        if not isinstance(wanted, bool):
+            if found := fault(wanted):
                 raise UserError(
                     f"`resume_from_checkpoint={str(wanted)!r}` is not a complete checkpoint: {found}. Give another, "
                     "or True for the last complete one."
@@ -100,10 +100,10 @@ class Checkpoints(Host):
         faults = {str(checkpoint): fault(checkpoint) for checkpoint in checkpoints(args.output_dir)}
         everywhere = gather_object([faults]) if args.world_size > 1 else [faults]
         for checkpoint in everywhere[0]:
-            everyones = [each.get(checkpoint, "another process does not see it") for each in everywhere]
-            if not any(everyones):
+            reasons = [each.get(checkpoint, "another process does not see it") for each in everywhere]
+            if not any(reasons):
                 return checkpoint
-            warn(f"{checkpoint} is not complete and is passed over: {next(filter(None, everyones))}.")
+            warn(f"{checkpoint} is not complete and is passed over: {next(filter(None, reasons))}.")
         return None
 
     def _check_settings(self, checkpoint: str | None, args: Any) -> None:
@@ -191,7 +191,7 @@ class Checkpoints(Host):
 
     def _add_states_of_new_callbacks(self) -> None:
         """Callbacks that the resumed checkpoint did not have: the Trainer looks each of them up when it saves."""
+        states: Any = self.state.stateful_callbacks  # by the callbacks' names
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                states: Any = self.state.stateful_callbacks  # declared as a list, and a mapping
                 states.setdefault(type(callback).__name__, callback.state())
