@@ -118,11 +118,13 @@ def test_vllm_is_refused_in_several_processes(tmp_path, monkeypatch):
         config(use_vllm=True).validate_with(args)
 
 
-def test_defaults_are_stable_with_every_judge(tmp_path):
+def test_defaults_have_a_margin_with_a_bounded_judge_only(tmp_path):
     from trl_rdro.cli.iterate import make_parser
 
     argv = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--reward_funcs", VOWELS]
     loop, _, args, _ = make_parser("dpo").parse_args_and_config(argv)
+    assert loop.guaranteed_margin(args) is None  # a judge that can be certain
+    loop.judge_bound = 0.6
     assert loop.guaranteed_margin(args) > 0.1
     args.beta = 0.1  # TRL's
     assert loop.guaranteed_margin(args) < 0

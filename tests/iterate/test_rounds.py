@@ -364,12 +364,12 @@ def test_yaml_file_runs_the_loop(way, config, tmp_path):
     assert settings["seed"] == 3 and settings["beta"] == 1.0  # not TRL's 0.1
 
 
-def test_recipe_is_strictly_valid_and_stable_with_every_judge(monkeypatch):
+def test_recipe_is_strictly_valid(monkeypatch):
     monkeypatch.chdir(ROOT)
     argv = ["--config", "recipes/iterate.yaml", "--model_name_or_path", "any", "--use_cpu", "true", "--bf16", "false"]
     (config, script_args, args, _), judge, *flags = iterate.parse(argv)
     assert flags == [[], []] and judge.functions == [positivity]
-    assert config.guaranteed_margin(args) > 0.1
+    assert config.guaranteed_margin(args) is None  # its judge can be certain
     train, test = iterate.load_prompts(script_args)
     assert (len(train), len(test)) == (32, 24)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
