@@ -82,6 +82,7 @@ TRANSFORMERS_RANGES = {
     "dataloader_num_workers": NOT_NEGATIVE,
     "dataloader_prefetch_factor": COUNT,
     "torch_empty_cache_steps": COUNT,
+    "local_rank": Range("[-1, inf)", "The launcher sets it."),
     "ddp_timeout": COUNT,
     "ddp_bucket_cap_mb": COUNT,
 }
