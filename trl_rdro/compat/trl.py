@@ -81,7 +81,7 @@ def _replay(model: Callable, outputs: Any) -> Callable:
     return forward
 
 
-def overrides_compute_loss(trainer: "TrlTrainer") -> bool:
+def overrides_compute_loss(trainer: TrlTrainer) -> bool:
     """Whether a subclass replaces TRL's `_compute_loss`, which is not called with our losses."""
     base = trl.DPOTrainer if isinstance(trainer, trl.DPOTrainer) else trl.KTOTrainer
     return type(trainer)._compute_loss is not base._compute_loss
@@ -100,7 +100,7 @@ def unchanged_requires_grad(model: torch.nn.Module):
 
 
 @contextmanager
-def precise_precompute_key(trainer: "TrlTrainer"):
+def precise_precompute_key(trainer: TrlTrainer):
     """Let TRL's cache of precomputed reference log-probabilities know what they depend on beside data and model."""
     args = trainer.args
     settings = (args.max_length, getattr(args, "truncation_mode", None), getattr(trainer, "ld_alpha", None), args.bf16)
@@ -116,7 +116,7 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def reference_model(trainer: "TrlTrainer") -> torch.nn.Module:
+def reference_model(trainer: TrlTrainer) -> torch.nn.Module:
     """The model that answers for the reference: the policy, its adapter off, where there is no other."""
     return trainer.model if trainer.ref_model is None else trainer.ref_model
 
