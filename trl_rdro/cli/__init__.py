@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = Parser(
         prog="trl-rdro",
-        description="Robust preference losses for TRL: density-ratio (ddro, rdro) and distributionally robust (kldpo, "
-        "wdpo).",
+        description="Robust preference losses for TRL: of density ratios, distributionally robust, and of pairs.",
         epilog="`trl-rdro COMMAND --help` lists the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"trl-rdro {__version__}")

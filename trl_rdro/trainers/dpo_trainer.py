@@ -32,16 +32,20 @@ class DPOTrainer(
     trl.DPOTrainer,
 ):
     """
-    [`trl.DPOTrainer`] whose `loss_type` can also be `"ddro"`, `"rdro"`, `"kldpo"` or `"wdpo"`, alone or in a weighted
-    list with TRL's. Takes the same arguments; runs without any of the four are TRL's own, to the last bit.
+    [`trl.DPOTrainer`] whose `loss_type` can also be one of ours (`trl_rdro.losses.types.LOSS_TYPES`), alone or in a
+    weighted list with TRL's. Takes the same arguments; runs without any of ours are TRL's own, to the last bit.
 
-    Logged beside TRL's metrics when one of the four is used: `logratios/chosen` and `logratios/rejected`, the mean
+    Logged beside TRL's metrics when one of ours is used: `logratios/chosen` and `logratios/rejected`, the mean
     log-ratio to the reference model in nats; for `ddro` `ddro/capped_chosen` and `ddro/capped_rejected`, the share of
-    completions beyond the cap; for `kldpo` `kldpo/effective_sample_size` and `kldpo/max_weight`, as fractions of the
+    completions beyond the cap; for `kldpo` and `drdpo` `effective_sample_size` and `max_weight`, as fractions of the
     optimiser step's batch and of its total weight; for `wdpo` `wdpo/grad_norm`, `wdpo/penalty`, and in training
-    `wdpo/gap`, the relative error of the central difference, and `wdpo/eps`, its relative step.
+    `wdpo/gap`, the relative error of the central difference, and `wdpo/eps`, its relative step; for `repo` `repo/eta`
+    and for `grdpo` `grdpo/weight_GROUP`, what they have learned.
 
-    KLDPO weighs the pairs of a whole optimiser step, over ranks and accumulated micro-batches. With
+    The column `weight` of the data counts rows, for every loss, TRL's included. Further columns are read by the losses
+    that need them (`docs/losses.md`).
+
+    KLDPO and Dr. DPO weigh the pairs of a whole optimiser step, over ranks and accumulated micro-batches. With
     `gradient_accumulation_steps > 1` this costs one gradient-free policy forward per micro-batch. In evaluation the
     weights are those of each evaluation batch. WDPO makes one more forward, a backward to the embeddings, and trains
     on a batch of twice the size (see `input_gradient.py`).
