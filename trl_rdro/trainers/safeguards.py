@@ -145,20 +145,14 @@ class Safeguards(Checkpoints):
 
     # Several evaluation sets
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        if isinstance(eval_dataset, dict):
-            metrics: dict[str, float] = {}
-            for name, dataset in eval_dataset.items():
-                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         self._evaluation_prefix = metric_key_prefix
-        try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._evaluation_prefix = "eval"
+        return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
 
     def log(self, logs, start_time=None):
-        if self._evaluation_prefix != "eval":
+        if not self.model.training and self._evaluation_prefix != "eval":
             # TRL would call them all "eval_...", and each set's would take the place of the last one's
             means = trl_compat.take_metrics(self)
             logs |= {f"{self._evaluation_prefix}_{name}": value for name, value in means.items()}
