@@ -237,4 +237,4 @@ def completion_logps(model: Any, pairs: list[tuple[Ids, Ids]], pad_token: int) -
     inputs = {key: torch.tensor(values, device=model.device) for key, values in rows.items()}
     outputs = trl_compat.policy_forward(trl_compat.NO_TRAINER, model, inputs)
     logps = trl_compat.completion_logps(trl_compat.NO_TRAINER, outputs.log_probs, inputs["completion_mask"])
-    return logps.double().tolist()
+    return logps.cpu().double().tolist()

@@ -165,7 +165,7 @@ def completion_logps(
             inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
             log_probs = trl_compat.policy_forward(trl_compat.NO_TRAINER, model, inputs).log_probs
             logps = trl_compat.completion_logps(trl_compat.NO_TRAINER, log_probs, inputs["completion_mask"])
-            result[chunk] = logps.double().cpu().view(-1, len(chunk)).T
+            result[chunk] = logps.cpu().double().view(-1, len(chunk)).T
             bar.update(len(chunk))
     return result if rows.is_paired else result[:, 0]
 
