@@ -15,6 +15,7 @@ import trl
 from accelerate.utils import is_peft_model
 from datasets.fingerprint import Hasher
 from torch.distributed.tensor import DTensor
+from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
@@ -42,6 +43,17 @@ def policy_forward(trainer: TrlTrainer, model: Callable, inputs: dict[str, Any])
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     with _explain_cut_images(trainer):
         return model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+
+
+@contextmanager
+def compact_head():
+    """Let TRL's fused LM head score the positions that have a label, and no others, on a CPU too."""
+    decide = trl_utils._use_triton
+    trl_utils._use_triton = lambda device: device.type == "cpu" or decide(device)
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = decide
 
 
 @contextmanager
