@@ -42,6 +42,8 @@ from transformers.trainer_callback import PrinterCallback
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench_lengths import pair_lengths  # noqa: E402
+
 import trl_rdro  # noqa: E402
 from trl_rdro.compat import trl as trl_compat  # noqa: E402
 from trl_rdro.tools.profiling import profiled_peak  # noqa: E402
@@ -68,6 +70,7 @@ class Run:
     precomputed: bool = False
     checkpointing: bool = False
     attention: str = "sdpa"
+    lengths: str = ""  # a corpus of `bench_lengths.py`; or every row is filled
     settings: tuple[tuple[str, Any], ...] = ()  # more fields of the config
 
     @property
@@ -78,6 +81,8 @@ class Run:
     @property
     def setting(self) -> str:
         rows = f"{self.batch} {'pairs' if self.paired else 'completions'} x {self.length} tokens"
+        if self.lengths:
+            rows = f"{self.lengths}, {self.batch} at a time, at most {self.length} tokens"
         more = [f"accumulation {self.accumulation}"] * (self.accumulation > 1)
         more += ["reference precomputed"] * self.precomputed + ["checkpointing"] * self.checkpointing
         return ", ".join([f"{self.method} {model_name(self.model)}", rows, *more])
@@ -151,6 +156,10 @@ def text_data(run: Run, rows: int) -> Dataset:
         return "".join(generator.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=n))
 
     prompts = [letters(run.length // 4) for _ in range(rows)]
+    if run.lengths:
+        found = pair_lengths(run.lengths, rows, run.length)
+        names = ("prompt", "chosen", "rejected")
+        return Dataset.from_list([dict(zip(names, map(letters, pair), strict=True)) for pair in found])
     if run.paired:
         return Dataset.from_list(
             [{"prompt": prompt, "chosen": letters(run.length), "rejected": letters(run.length)} for prompt in prompts]
@@ -241,7 +250,7 @@ class Clock(TrainerCallback):
     """When each optimiser step ended. What comes before a step's forward, fetching batches included, is in it."""
 
     def on_train_begin(self, *args, **kwargs):
-        self.ends = []
+        self.begin, self.ends = now(), []
 
     def on_step_end(self, *args, **kwargs):
         if CUDA:
@@ -252,6 +261,11 @@ class Clock(TrainerCallback):
     def durations(self) -> list[float]:
         """Of all steps but the first, which is warm-up."""
         return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+
+    @property
+    def total(self) -> float:
+        """Of all steps."""
+        return self.ends[-1] - self.begin
 
 
 @contextmanager
@@ -272,13 +286,17 @@ def quiet() -> Iterator[str]:
             torch.cuda.empty_cache()
 
 
-def alternate(runs: list[Run], rounds: int, steps: int) -> list[list[list[float]]]:
+def alternate(runs: list[Run], rounds: int, steps: int, epochs: bool = False) -> list[list[list[float]]]:
     """Seconds per optimiser step, by run and round. The runs take turns, `steps` steps each after one that is not
-    counted; the first round is warm-up; the order is turned round from round to round."""
+    counted; the first round is warm-up; the order is turned round from round to round.
+
+    With `epochs`, where steps are unequal: seconds of `steps` steps as a whole, which are one pass over the data, so
+    that all runs see the same samples in whatever order.
+    """
     with quiet() as folder:
         trainers, clocks = [], []
         for run in runs:
-            trainers.append(build_trainer(run, steps + 1, folder))
+            trainers.append(build_trainer(run, steps + (not epochs), folder))
             clocks.append(Clock())
             trainers[-1].add_callback(clocks[-1])
         gc.collect()
@@ -289,7 +307,7 @@ def alternate(runs: list[Run], rounds: int, steps: int) -> list[list[list[float]
             for i in order:
                 trainers[i].train()
                 if round_:
-                    times[i].append(clocks[i].durations)
+                    times[i].append([clocks[i].total] if epochs else clocks[i].durations)
         gc.unfreeze()
         del trainers, clocks
     return times

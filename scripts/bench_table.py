@@ -10,6 +10,7 @@ TITLES = {
     4: "Scaling: kldpo and wdpo beside DPO",
     5: "Around the loss",
     6: "The largest batch that fits (CUDA only)",
+    7: "Packed rows and shared prompts on pairs of real and realistic lengths, against stock TRL",
 }
 Row = dict[str, Any]
 
@@ -77,7 +78,14 @@ def largest_table(rows: list[Row]) -> list[list[str]]:
     return [["loss", "setting", "pairs"], *([row["what"], row["setting"], str(row["pairs"])] for row in rows)]
 
 
-TABLES = {4: scaling_table, 5: overhead_table, 6: largest_table}
+def lengths_table(rows: list[Row]) -> list[list[str]]:
+    """Beside the comparison, the tokens that are forwarded as a share of stock's padded positions."""
+    head, *lines = comparison_table(rows)
+    shares = [" / ".join(f"{row['tokens'][key]:.2f}" for key in ("packed", "shared")) for row in rows]
+    return [[*head, "tokens packed / shared"], *([*line, share] for line, share in zip(lines, shares, strict=True))]
+
+
+TABLES = {4: scaling_table, 5: overhead_table, 6: largest_table, 7: lengths_table}
 
 
 def table(report: dict[str, Any]) -> str:

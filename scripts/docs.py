@@ -142,6 +142,12 @@ REFUSED = [
         "without the weights of the step",
     ),
     ("our losses in a plain `trl.DPOConfig`", "`trl_rdro.DPOConfig`", "trl_rdro", "from trl_rdro."),
+    (
+        "`padding_free` with vision models, mRoPE, layers that are no attention, attention dropout, ...",
+        "`padding_free=False` ([list](packing.md#what-is-refused))",
+        "trl_rdro",
+        "`padding_free=True` cannot be used with",
+    ),
     ("`nn.DataParallel`", "a launcher", "trl", "does not support `nn.DataParallel`"),
     ("precomputing on a streaming data set", "a map-style one", "trl", "is not supported with IterableDataset"),
     ("precomputing on image data", "a reference model", "trl", "is not supported for vision datasets"),
@@ -181,14 +187,16 @@ def engines_table() -> str:
     tested = cells("test_equals_single_process")
     engines = {engine: title for engine, title in ENGINES.items() if engine != "single"}
     processes = json.loads((ENGINE_TESTS / "engines.json").read_text())["processes"]
-    combinations: dict[tuple[str, ...], set[str]] = {}
+    combinations: dict[tuple, set[str]] = {}
     for _, loss, rest in tested:
-        combinations.setdefault((loss, *rest[:2]), set()).add("-".join(rest[2:]))
+        combinations.setdefault((loss, *rest[:2], "packed" in rest), set()).add("-".join(rest[2:]))
     kinds = {key: (*key[1:], frozenset(options)) for key, options in combinations.items()}
     rows = []
     for kind in dict.fromkeys(kinds.values()):
-        of_row = [(engine, loss, rest) for engine, loss, rest in tested if kinds[(loss, *rest[:2])] == kind]
-        model, dtype, _ = kind
+        of_row = [
+            (engine, loss, rest) for engine, loss, rest in tested if kinds[(loss, *rest[:2], "packed" in rest)] == kind
+        ]
+        model, dtype, packed, _ = kind
         by_engine = {engine: [cell[1:] for cell in of_row if cell[0] == engine] for engine in engines}
         all_cells = max(by_engine.values(), key=len)
         options = [rest[2:] for _, rest in all_cells]
@@ -197,12 +205,12 @@ def engines_table() -> str:
         reference += ["precomputed"] * any("precomputed" in option for option in options)
         rows.append(
             [
-                f"{MODELS[model]}, {dtype}",
+                f"{MODELS[model]}, {dtype}" + ", packed rows" * packed,
                 ", ".join(f"`{loss}`" for loss in dict.fromkeys(loss for loss, _ in all_cells)),
                 " and ".join(["off"] * (False in checkpointing) + ["on"] * (True in checkpointing)),
                 " and ".join(reference),
                 *("tested" if of_engine == all_cells else "in part" for of_engine in by_engine.values()),
-                f"`test_equals_single_process[*-{model}-{dtype}*]`",
+                f"`test_equals_single_process[*-{model}-{dtype}{'-*packed' if packed else '*'}]`",
             ]
         )
     titles = [f"{title} ×{processes[engine]}" for engine, title in engines.items()]

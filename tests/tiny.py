@@ -9,11 +9,19 @@ learned from a handful of steps (a chosen completion ends in a kind word, a reje
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from trl_rdro.losses.types import LOSS_TYPES
 
@@ -47,7 +55,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _build(model_class, config_class, tie: bool, dtype: torch.dtype, seed: int, overrides: dict):
+def build_tiny(
+    model_class: type,
+    config_class: type,
+    tie: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """A two-layer model over the vocabulary of `tiny_tokenizer`; `overrides` are fields of its config."""
     tokenizer = tiny_tokenizer()
     settings = {
         "vocab_size": len(tokenizer),
@@ -71,12 +87,12 @@ def _build(model_class, config_class, tie: bool, dtype: torch.dtype, seed: int, 
 
 def tiny_qwen2(tie: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> Qwen2ForCausalLM:
     """A two-layer Qwen2 over the vocabulary of `tiny_tokenizer`; `overrides` are fields of its config."""
-    return _build(Qwen2ForCausalLM, Qwen2Config, tie, dtype, seed, overrides)
+    return build_tiny(Qwen2ForCausalLM, Qwen2Config, tie, dtype, seed, **overrides)
 
 
 def tiny_llama(tie: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> LlamaForCausalLM:
     """A two-layer Llama over the vocabulary of `tiny_tokenizer`; `overrides` are fields of its config."""
-    return _build(LlamaForCausalLM, LlamaConfig, tie, dtype, seed, overrides)
+    return build_tiny(LlamaForCausalLM, LlamaConfig, tie, dtype, seed, **overrides)
 
 
 def save_tiny(directory: str | Path, kind: str = "qwen2", **kwargs) -> str:

@@ -54,6 +54,8 @@ BAD_VALUES = {
     "mrpo_alpha": [*NOT_NUMBERS, -0.1, 1.1],
     "plot": [None, "yes", 1],
     "resume_with_changes": [None, "yes", 1],
+    "share_prompt": [None, "yes", 1],
+    "balance_tokens": [None, "yes", 1],
     "loss_type": ["", "dpo", "rdro,sft", ["rdro", "dpo"], [3], [None], [["rdro"]], 3, True, None, []],
 }
 GOOD_VALUES = {
@@ -82,6 +84,8 @@ GOOD_VALUES = {
     "mrpo_alpha": [None, 0, 0.5, 1],
     "plot": [False, True],
     "resume_with_changes": [False, True],
+    "share_prompt": [False, True],
+    "balance_tokens": [False, True],
     "loss_type": [["rdro", "sft"], ["sigmoid"], ["kldpo", "wdpo"]],
 }
 

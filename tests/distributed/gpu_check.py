@@ -47,16 +47,17 @@ class Run:
     model: str = "full"  # or "qlora"
     engine: str = "single"  # or "zero2", "zero3", "fsdp2"
     checkpointing: bool = False
+    packed: bool = False
     device: str = "cuda"
 
 
 @dataclass(frozen=True)
 class Check:
-    """Two runs, and the largest relative difference allowed between them."""
+    """Two runs, or a kernel against a loop, and the largest relative difference allowed between them."""
 
     what: str
-    run: Run
-    baseline: Run
+    run: Run | None
+    baseline: Run | None
     tolerance: float
     on_cpu: bool = True  # whether it also runs without a GPU
     needs: list[str] = field(default_factory=list)  # packages
@@ -73,6 +74,23 @@ CHECKS = {
         "FlashAttention 2 against SDPA, both bf16",
         Run("flash_attention_2", "bf16"),
         Run(precision="bf16"),
+        BF16,
+        False,
+        ["flash_attn"],
+    ),
+    "varlen_attn": Check("PyTorch's `varlen_attn` as packed rows call it, against a loop", None, None, 2e-2, False),
+    "packed": Check("packed rows and shared prompts in fp32 against padded ones", Run(packed=True), Run(), FP32),
+    "packed_bf16": Check(
+        "packed rows by `varlen_attn` in bf16 against padded ones",
+        Run(precision="bf16", packed=True),
+        Run(precision="bf16"),
+        BF16,
+        False,
+    ),
+    "packed_flash_attention_2": Check(
+        "packed rows by FlashAttention 2 against padded ones",
+        Run("flash_attention_2", "bf16", packed=True),
+        Run("flash_attention_2", "bf16"),
         BF16,
         False,
         ["flash_attn"],
@@ -121,6 +139,7 @@ def train(run: Run, loss: str, output: Path) -> None:
             "bf16": run.precision == "bf16",
             "fp16": run.precision == "fp16",
             "activation_checkpointing": run.checkpointing,
+            "padding_free": run.packed,
             "per_device_train_batch_size": PAIRS // LOSSES[loss].get("gradient_accumulation_steps", 1),
             "max_steps": STEPS,
             "optim": "sgd",
@@ -181,6 +200,35 @@ def train_apart(run: Run, loss: str, output: Path) -> None:
         raise RuntimeError(finished.stderr.strip()[-1500:])
 
 
+def varlen_errors() -> dict[str, float]:
+    """Relative errors of `varlen_attn` where queries are fewer than keys, heads are grouped and windows slide: of the
+    output and of the three gradients, in bf16 against a loop in fp32."""
+    import torch
+
+    from tests.packing.batches import PAIRS, padded
+    from trl_rdro.packing import attention
+    from trl_rdro.packing.layout import make_layout
+
+    batch = {name: value.cuda() for name, value in padded(PAIRS).items()}
+    found: dict[str, float] = {}
+    for share in (False, True):
+        layout = make_layout(**batch, share=share)
+        queries, keys = sum(layout.query_lengths), sum(layout.key_lengths)
+        torch.manual_seed(0)
+        states = [torch.randn(1, h, n, 64, device="cuda") for h, n in ((8, queries), (2, keys), (2, keys))]
+        weights = torch.randn(1, queries, 8, 64, device="cuda")
+        for window in (None, 5):
+            results = []
+            for compute, dtype in ((attention._varlen, torch.bfloat16), (attention._loop, torch.float32)):
+                inputs = [state.bfloat16().to(dtype).requires_grad_() for state in states]
+                out = compute(*inputs, layout, 0.1, window)
+                results.append([out, *torch.autograd.grad((out.float() * weights).sum(), inputs)])
+            for name, value, expected in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+                key = f"{name}, {'shared' if share else 'packed'}, window {window}"
+                found[key] = ((value.float() - expected).norm() / expected.norm()).item()
+    return found
+
+
 # All checks
 
 
@@ -200,6 +248,8 @@ def carry_out(check: Check, losses: list[str], cuda: bool, folder: Path) -> dict
     if not cuda and not check.on_cpu:
         return {"status": "untested", "reason": "needs a GPU"}
     found, failure = {}, None
+    if check.run is None:
+        losses, found = [], {"kernel": varlen_errors()}
     for loss in losses:
         results = []
         try:

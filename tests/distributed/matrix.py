@@ -6,7 +6,7 @@ pytest collects here and from `engines.json`.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Cell:
     dtype: str = "fp32"  # or "bf16"
     checkpointing: bool = False
     precomputed: bool = False
+    packed: bool = False  # rows without padding, prompts shared, steps dealt by tokens
     micro_batch: int | None = None  # samples on each rank; None: an even share of the step's
     accumulation: int = 1
     steps: int = STEPS
@@ -63,7 +64,7 @@ class Cell:
     @property
     def name(self) -> str:
         parts = [self.loss, self.model, self.dtype]
-        parts += ["checkpointing"] * self.checkpointing + ["precomputed"] * self.precomputed
+        parts += ["checkpointing"] * self.checkpointing + ["precomputed"] * self.precomputed + ["packed"] * self.packed
         if self.micro_batch is not None:
             parts.append(f"{self.micro_batch}x{self.accumulation}")
         return "-".join(parts)
@@ -100,9 +101,21 @@ QLORA = [
     for loss in ("rdro", "kldpo", "wdpo")
     for checkpointing in (False, True)
 ] + [Cell("rdro", "qlora", "bf16")]
+# Each has its twin with padded rows above
+PACKED = [
+    replace(cell, packed=True)
+    for cell in (
+        Cell("rdro", checkpointing=True),
+        Cell("rdro+sft"),
+        Cell("kldpo", "lora", accumulation=2),
+        Cell("wdpo"),
+        Cell("ddro_unpaired", "lora", precomputed=True),
+        Cell("rdro", "qlora"),
+    )
+]
 # The last, because a backward pass that fails half-way may disturb the cells after it
 BF16 = [Cell(loss, model, "bf16") for loss in ("rdro", "wdpo") for model in ("full", "lora")]
-CELLS = MATRIX + [Cell(loss, accumulation=2) for loss in FAMILY] + QLORA + BF16
+CELLS = MATRIX + [Cell(loss, accumulation=2) for loss in FAMILY] + QLORA + PACKED + BF16
 
 # Splits of one step's samples: on each rank, (micro-batch, accumulation)
 SPLITS = {1: [(8, 1), (2, 4), (1, 8)], 2: [(4, 1), (1, 4)]}

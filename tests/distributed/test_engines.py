@@ -1,12 +1,13 @@
 """The same training on every engine: losses, gradient norms and parameters equal those of a single process."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from trl_rdro.compat import engines
 
-from .matrix import CELLS, ENGINES, SPLIT_ENGINES, Cell, errors, split_cells, tolerances
+from .matrix import CELLS, ENGINES, PACKED, SPLIT_ENGINES, Cell, errors, split_cells, tolerances
 
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,13 @@ def test_equals_single_process(launches, engine, cell):
 
 def test_a_cell_is_known_by_its_name():
     assert len({cell.name for cell in CELLS}) == len(CELLS)
+
+
+@pytest.mark.parametrize("cell", PACKED, ids=lambda cell: cell.name)
+def test_packed_equals_padded(launches, cell):
+    """With the above, on every engine."""
+    padded = replace(cell, packed=False)
+    require_equal(launches.result("single", cell), launches.result("single", padded), cell)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)

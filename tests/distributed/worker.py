@@ -74,6 +74,7 @@ def build_args(cell: Cell, engine: str, inputs: Path, output: Path) -> DPOConfig
         activation_checkpointing=cell.checkpointing,
         precompute_ref_log_probs=cell.precomputed,
         bf16=cell.dtype == "bf16",
+        padding_free=cell.packed,
         **cell.settings,
     )
     if cell.loss == "mrpo":
@@ -159,6 +160,7 @@ def check_engine(trainer: DPOTrainer | KTOTrainer, cell: Cell, engine: str) -> N
     assert state.distributed_type == expected, f"{engine} became {state.distributed_type}"
     assert state.num_processes == ENGINES[engine], f"{state.num_processes} processes, not {ENGINES[engine]}"
     assert trainer.model.is_gradient_checkpointing == cell.checkpointing
+    assert (trainer.stand_in(trainer.model) is not trainer.model) == cell.packed
     embedding = trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().weight
     if engine == "zero2":
         assert state.deepspeed_plugin.zero_stage == 2

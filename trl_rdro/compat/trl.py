@@ -3,6 +3,7 @@
 Longer than other files, because whoever moves to another TRL looks through all of it at once.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import trl
 from accelerate.utils import is_peft_model
 from datasets.fingerprint import Hasher
 from torch.distributed.tensor import DTensor
+from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
@@ -41,7 +43,18 @@ def policy_forward(trainer: TrlTrainer, model: Callable, inputs: dict[str, Any])
         model_kwargs["output_router_logits"] = True
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     with _explain_cut_images(trainer):
-        return model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+        return trainer.stand_in(model)(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+
+
+@contextmanager
+def compact_head():
+    """Let TRL's fused LM head score the positions that have a label, and no others, on a CPU too."""
+    decide = trl_utils._use_triton
+    trl_utils._use_triton = lambda device: device.type == "cpu" or decide(device)
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = decide
 
 
 @contextmanager
@@ -83,8 +96,8 @@ def _replay(model: Callable, outputs: Any) -> Callable:
 
 def overrides_compute_loss(trainer: TrlTrainer) -> bool:
     """Whether a subclass replaces TRL's `_compute_loss`, which is not called with our losses."""
-    base = trl.DPOTrainer if isinstance(trainer, trl.DPOTrainer) else trl.KTOTrainer
-    return type(trainer)._compute_loss is not base._compute_loss
+    owner = next(of for of in type(trainer).__mro__ if "_compute_loss" in vars(of))
+    return owner.__module__.split(".")[0] not in ("trl", "trl_rdro")
 
 
 @contextmanager
@@ -135,7 +148,7 @@ def _attributes(trainer: Any, **values: Any):
 # Without a trainer: what `trl-rdro inspect` and `trl-rdro score` need
 
 # In place of the trainer, for `policy_forward` and `completion_logps`
-NO_TRAINER: Any = SimpleNamespace(aux_loss_enabled=False)
+NO_TRAINER: Any = SimpleNamespace(aux_loss_enabled=False, stand_in=lambda model: model)
 
 
 def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any) -> tuple[Any, Callable]:
@@ -297,6 +310,36 @@ def unpaired_loss(
 # Both
 
 
+def with_reference(trainer: TrlTrainer, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The batch with the columns of precomputed reference log-probabilities, computed now."""
+    settle_fsdp2(trainer.model)
+    names = ("ref_logps", "ref_KL_logps") if "label" in inputs else ("ref_chosen_logps", "ref_rejected_logps")
+    values = trainer.compute_ref_log_probs(reference_model(trainer), inputs)
+    return {**inputs, **dict(zip(names, values, strict=True))}
+
+
+@contextmanager
+def reference_in_batch(trainer: TrlTrainer):
+    """Let TRL's `_compute_loss` read the reference log-probabilities from the batch, as if they were precomputed."""
+    with _attributes(trainer, precompute_ref_logps=True):
+        yield
+
+
+@contextmanager
+def padding_free_is_ours():
+    """Keep back TRL's warning that it has no `padding_free` at present."""
+
+    def others(record: logging.LogRecord) -> bool:
+        return "`padding_free=True` is temporarily unavailable" not in record.getMessage()
+
+    trl_logger = logging.getLogger(trl.DPOTrainer.__module__)
+    trl_logger.addFilter(others)
+    try:
+        yield
+    finally:
+        trl_logger.removeFilter(others)
+
+
 def mean_over_ranks(trainer: TrlTrainer, scalars: dict[str, torch.Tensor]) -> dict[str, float]:
     """The mean of each scalar over the ranks, in one gather and one synchronisation."""
     values = torch.stack([value.detach().float() for value in scalars.values()]).unsqueeze(0)
@@ -315,6 +358,25 @@ def take_metrics(trainer: TrlTrainer) -> dict[str, float]:
     means = {name: sum(values) / len(values) for name, values in metrics.items()}
     metrics.clear()
     return means
+
+
+def trained_tokens(trainer: TrlTrainer) -> int:
+    """The tokens of all batches since the training began, as TRL counts them: over all ranks, without padding."""
+    return trainer._total_train_tokens
+
+
+def model_flops_utilisation(trainer: TrlTrainer, tokens_per_second: float, row_length: int) -> float | None:
+    """TRL's MFU of one device, in percent; `None` where the device's peak or a token's operations are not known."""
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
+    dtype = dtype or str(trainer.model.dtype).removeprefix("torch.")
+    if trainer.accelerator.device.type != "cuda" or not hasattr(trl_utils, "compute_mfu"):  # TRL 1.16 has it
+        return None
+    peak = trl_utils.get_peak_flops(torch.cuda.get_device_name(trainer.accelerator.device), dtype)
+    config = trainer.model.config.get_text_config()
+    # Of others TRL looks for fields that they have not
+    if peak is None or not hasattr(config, "intermediate_size") or hasattr(config, "num_experts_per_tok"):
+        return None
+    return trl_utils.compute_mfu(trl_utils.compute_flops_per_token(config, row_length), tokens_per_second, 1, peak)
 
 
 def input_embeddings(trainer: TrlTrainer) -> torch.nn.Module:

@@ -17,11 +17,17 @@ class TrlTrainer(Trainer):
     aux_loss_enabled: bool
     router_aux_loss_coef: float
     beta: float
+    _signature_columns: Any  # None, then a list of names
+    _total_train_tokens: int
     _metrics: Any  # of train and eval: lists by name
     _name: str
     _paper: dict[str, str]
     _tag_names: list[str]
     _precompute_model_hash: str | None
+
+    def stand_in(self, model: Any) -> Any:
+        """Ours: what is called in place of a model with padded batches."""
+        raise NotImplementedError
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         raise NotImplementedError

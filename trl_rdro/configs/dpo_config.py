@@ -8,6 +8,7 @@ import trl
 from ..log import get_logger
 from ..losses.types import LOSS_TYPES, in_use, of_family
 from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig, require_cap_above_start
+from .packing_config import PackingConfig
 from .pair_loss_config import PairLossConfig
 from .ranges import RANGES
 from .run_config import RunConfig
@@ -37,7 +38,7 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 
 
 @dataclass
-class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
+class DPOConfig(DensityRatioConfig, PairLossConfig, PackingConfig, RunConfig, trl.DPOConfig):
     r"""
     Configuration class for the [`DPOTrainer`]: [`trl.DPOConfig`] and the fields of our losses.
 
@@ -76,6 +77,11 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
         inner_loss_type (`str`, *optional*, defaults to `"sigmoid"`):
             The loss of a pair inside a robust loss: `"sigmoid"` (with `label_smoothing`), `"ipo"`, `"hinge"`, or one
             of our losses of pairs.
+        padding_free, balance_tokens:
+            See [`PackingConfig`].
+        share_prompt (`bool`, *optional*, defaults to `True`):
+            With `padding_free`, forward the prompt of a pair once. Not done for `wdpo`, whose penalty tells the two
+            rows' prompts apart, nor for a mixture of experts with an auxiliary loss, which counts their tokens.
         plot, resume_with_changes:
             See [`RunConfig`].
     """
@@ -147,6 +153,14 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
         },
     )
 
+    share_prompt: bool = field(
+        default=True,
+        metadata={
+            "help": "With `padding_free`, forward the prompt of a pair once. Not done for `wdpo`, nor for a mixture "
+            "of experts with an auxiliary loss."
+        },
+    )
+
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
@@ -154,6 +168,7 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, RunConfig, trl.DPOConfig):
         validate_fields(self, RANGES)
         require_choice("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)
         self._validate_run()
+        self._validate_packing()
         self._validate_loss_weights()
         self._validate_losses_of_trl()
         self._validate_pair_losses()

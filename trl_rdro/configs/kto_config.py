@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import trl
 
 from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig, require_cap_above_start
+from .packing_config import PackingConfig
 from .ranges import RANGES
 from .run_config import RunConfig
 from .unused_options import warn_of_unused_options
@@ -17,7 +18,7 @@ KTO_LOSSES = [*TRL_KTO_LOSSES, *DENSITY_RATIO_LOSSES]
 
 
 @dataclass
-class KTOConfig(DensityRatioConfig, RunConfig, trl.KTOConfig):
+class KTOConfig(DensityRatioConfig, PackingConfig, RunConfig, trl.KTOConfig):
     r"""
     Configuration class for the [`KTOTrainer`]: [`trl.KTOConfig`] and the fields of our losses.
 
@@ -33,6 +34,8 @@ class KTOConfig(DensityRatioConfig, RunConfig, trl.KTOConfig):
         train_sampling_strategy (`str`, *optional*):
             If `None`, `"random"` for `ddro` and `rdro`, and TRL's default `"sequential"`, which its estimate of the KL
             divergence needs, for the other losses.
+        padding_free, balance_tokens:
+            See [`PackingConfig`].
         plot, resume_with_changes:
             See [`RunConfig`].
     """
@@ -63,6 +66,7 @@ class KTOConfig(DensityRatioConfig, RunConfig, trl.KTOConfig):
     def __post_init__(self):
         validate_fields(self, RANGES)
         self._validate_run()
+        self._validate_packing()
         if self.loss_type not in DENSITY_RATIO_LOSSES:
             require("beta", self.beta, (float,), Range("[1e-9, 1e9]", "With 0 nothing would be trained."))
         if not self.desirable_weight and not self.undesirable_weight:

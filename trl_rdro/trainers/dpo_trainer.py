@@ -1,5 +1,6 @@
 """TRL's `DPOTrainer` with the losses of trl_rdro."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,10 +16,16 @@ from .columns import Columns, needed_columns, split_columns, weighted
 from .common import describe_in_model_card, require_own_config
 from .input_gradient_penalty import InputGradientPenalty
 from .loss_state import StatefulLosses, require_known_groups
+from .packed_rows import PackedRows, is_asked_for, refuse_before_loading
 from .reweighting import Reweighting
 from .safeguards import Safeguards
 from .second_reference import SecondReference
 from .step import split_step, with_steps
+from .throughput import Throughput
+
+
+# TRL's losses that are no means over pairs: they sort them, or count tokens of the micro-batch
+BATCH_LOSSES = ("aot", "aot_unpaired", "sft")
 
 
 class DPOTrainer(
@@ -27,6 +34,8 @@ class DPOTrainer(
     StatefulLosses,
     SecondReference,
     Columns,
+    PackedRows,
+    Throughput,
     Safeguards,
     CheckedInputs,
     trl.DPOTrainer,
@@ -58,6 +67,7 @@ class DPOTrainer(
     args: DPOConfig
     _method = "dpo"
     _reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
+    _completion_columns = ("chosen_ids", "rejected_ids")
 
     def __init__(
         self,
@@ -92,16 +102,20 @@ class DPOTrainer(
                 "that a weight belongs to no pair. Remove the column, or use another loss."
             )
         self._check_model(model, args, processing_class)
+        refuse_before_loading(model, args, example, kwargs.get("peft_config"))
         self._ours = ours
         describe_in_model_card(self, ours)
-        super().__init__(
-            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
-        )
+        with trl_compat.padding_free_is_ours() if is_asked_for(args) else nullcontext():
+            super().__init__(
+                model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
+            )
         self._set_up_safeguards(model, given_reference=ref_model is not None)
         self._set_up_columns()
         self._set_up_input_gradient_penalty()
         self._set_up_loss_state()
         self._set_up_second_reference()
+        self._set_up_packed_rows()  # the last: it prepares every model that is called
+        self._set_up_throughput()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # The Trainer hands over the micro-batches of one optimiser step together
@@ -164,6 +178,23 @@ class DPOTrainer(
         if return_outputs:
             return loss + step.scale * result[0], result[1]
         return loss + step.scale * result
+
+    def _reason_not_to_share(self) -> str | None:
+        if not self.args.share_prompt:
+            return "`share_prompt=False`"
+        if "wdpo" in self._ours:
+            return "`wdpo` tells the gradients of a pair's two prompts apart"
+        if self.aux_loss_enabled:
+            return "the auxiliary loss of a mixture of experts counts the tokens of both"
+        return None
+
+    def _reason_not_to_deal(self) -> str | None:
+        whole_batch = [name for name in self.loss_types if name in BATCH_LOSSES]
+        if whole_batch:
+            return f"`{whole_batch[0]}` depends on which pairs are in a micro-batch together"
+        if "wdpo" in self._ours and (self.args.wdpo_penalty == "rms" or self.args.wdpo_interval > 1):
+            return "`wdpo` with `rms` or an interval depends on which pairs are in a micro-batch together"
+        return super()._reason_not_to_deal()
 
     def _logratios(self, log_probs: torch.Tensor, inputs: dict[str, Any], ref_logps: torch.Tensor) -> torch.Tensor:
         """z of the completions, `(2n,)`: chosen, then rejected."""

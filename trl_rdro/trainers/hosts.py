@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
         _ours: list[str]  # our losses in use, set before TRL's constructor
         _used: tuple[str, ...]  # and the one inside a robust loss, if it is ours
+        _completion_columns: tuple[str, ...]  # of tokens, in a prepared data set
+        _training_set_is_prepared: bool
         _reference_columns: tuple[str, ...]  # where a data set can bring its own reference log-probabilities
 
     class PairHost(Host):

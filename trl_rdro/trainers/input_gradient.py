@@ -18,13 +18,22 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..packing.attention import CURRENT
 from .noise import NoiseState
 
 
 @contextmanager
 def hooked(module: nn.Module, hook: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Pass the module's output through `hook`. Unlike `inputs_embeds`, this works in every wrapper and engine."""
-    handle = module.register_forward_hook(lambda _module, _args, output: hook(output))
+    """Pass the module's output through `hook`. Unlike `inputs_embeds`, this works in every wrapper and engine.
+
+    The hook sees and returns a padded batch, `(rows, length, dim)`, also where the model forwards a packed row.
+    """
+
+    def padded_hook(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        layout = CURRENT.get()
+        return hook(output) if layout is None else layout.pack(hook(layout.pad(output)))
+
+    handle = module.register_forward_hook(padded_hook)
     try:
         yield
     finally:

@@ -18,14 +18,16 @@ from . import objectives
 from .checked_inputs import CheckedInputs
 from .columns import Columns, split_columns, weighted
 from .common import describe_in_model_card, require_own_config
+from .packed_rows import PackedRows, refuse_before_loading
 from .safeguards import Safeguards
 from .step import split_step, with_steps
+from .throughput import Throughput
 
 
 logger = get_logger(__name__)
 
 
-class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
+class KTOTrainer(Columns, PackedRows, Throughput, Safeguards, CheckedInputs, trl.KTOTrainer):
     """
     [`trl.KTOTrainer`] whose `loss_type` can also be `"ddro"` or `"rdro"`. Takes the same arguments; runs with TRL's
     own losses are TRL's, to the last bit.
@@ -53,6 +55,7 @@ class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
     _method = "kto"
     _reference_columns = ("ref_logps",)
     _column_names = ("weight",)
+    _completion_columns = ("completion_ids",)
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
             self.preferred_fraction = 0.5  # pairs
             require_cap_above_start_of(args, self.preferred_fraction)
         self._check_model(model, args, processing_class)
+        refuse_before_loading(model, args, example, kwargs.get("peft_config"))
         describe_in_model_card(self, ours)
         self._ours = ours
         self._evaluated_fraction = self.preferred_fraction
@@ -100,6 +104,8 @@ class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
         self.loss_type = args.loss_type
         self._set_up_safeguards(model, given_reference=ref_model is not None)
         self._set_up_columns()
+        self._set_up_packed_rows()
+        self._set_up_throughput()
         if ours and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
             logger.warning(
                 f"`desirable_weight={self.desirable_weight}` and `undesirable_weight={self.undesirable_weight}` "
@@ -153,6 +159,11 @@ class KTOTrainer(Columns, Safeguards, CheckedInputs, trl.KTOTrainer):
             share = _preferred_share(dataset)
             if 0 < share < 1:
                 self._evaluated_fraction = share
+
+    def _reason_not_to_deal(self) -> str | None:
+        if self.calculate_KL:
+            return f"`{self.loss_type}` estimates the KL divergence from a micro-batch as a whole"
+        return super()._reason_not_to_deal()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
