@@ -20,7 +20,7 @@ from .packed_rows import PackedRows, is_asked_for, refuse_before_loading
 from .reweighting import Reweighting
 from .safeguards import Safeguards
 from .second_reference import SecondReference
-from .step import split_step, with_steps
+from .step import Step, split_step, with_steps
 from .throughput import Throughput
 
 
@@ -159,13 +159,8 @@ class DPOTrainer(
             elif family == "pair":
                 values = weighted(self._pair_loss(name, logratios, inputs, columns), columns)
             else:
-                values = weighted(self._pair_loss(self.args.inner_loss_type, logratios, inputs, columns), columns)
-                if LOSS_TYPES[name].temperature:
-                    values = self._reweighted(name, values, step, metrics)
-                elif LOSS_TYPES[name].state:
-                    values = columns[name] * values
-                elif grad_norms is not None:
-                    values = values + self._penalty(grad_norms, columns, metrics)
+                inner = weighted(self._pair_loss(self.args.inner_loss_type, logratios, inputs, columns), columns)
+                values = self._robust_loss(name, inner, step, grad_norms, columns, metrics)
             our_losses[name] = step.scale * values.mean()
         if ours:
             means = self._record(our_losses, metrics, lambda: by_class, len(logratios) // 2)
@@ -178,6 +173,22 @@ class DPOTrainer(
         if return_outputs:
             return loss + step.scale * result[0], result[1]
         return loss + step.scale * result
+
+    def _robust_loss(
+        self,
+        name: str,
+        inner: torch.Tensor,
+        step: Step,
+        grad_norms: torch.Tensor | None,
+        columns: dict[str, Any],
+        metrics: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """The robust loss called `name` over the `(n,)` losses of pairs that stand inside it, `(n,)`."""
+        if LOSS_TYPES[name].temperature:
+            return self._reweighted(name, inner, step, metrics)
+        if LOSS_TYPES[name].state:
+            return columns[name] * inner
+        return inner if grad_norms is None else inner + self._penalty(grad_norms, columns, metrics)
 
     def _reason_not_to_share(self) -> str | None:
         if not self.args.share_prompt:

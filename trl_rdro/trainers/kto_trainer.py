@@ -1,5 +1,6 @@
 """TRL's `KTOTrainer`, for labelled completions without pairs, with the density-ratio losses of trl_rdro."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -78,11 +79,8 @@ class KTOTrainer(Columns, PackedRows, Throughput, Safeguards, CheckedInputs, trl
         )
         if ours and example.keys() & {"image", "images"}:
             raise ValueError(f"`{args.loss_type}` is not implemented for unpaired image data. Use `DPOTrainer`.")
-        if args.loss_type == "kto" and "prompt_ids" in example and not {"completion", "chosen"} & example.keys():
-            raise ValueError(
-                "`train_dataset` is tokenised already (`prompt_ids`), and the loss `kto` needs the text for its "
-                "estimate of the KL divergence. Give the text columns, or use another loss."
-            )
+        if args.loss_type == "kto":
+            _require_text(example)
         self.preferred_fraction: float | None = args.preferred_fraction if ours else None
         if ours and self.preferred_fraction is None and isinstance(train_dataset, IterableDataset):
             if not {"chosen", "rejected"} <= example.keys():
@@ -234,3 +232,12 @@ def _preferred_share(dataset: Dataset) -> float:
     labels = dataset["label"][:]
     weights = dataset["weight"][:] if "weight" in dataset.column_names else [1.0] * len(labels)
     return sum(weight for weight, label in zip(weights, labels, strict=True) if label) / sum(weights)
+
+
+def _require_text(example: Mapping[str, Any]) -> None:
+    """Refuse rows of tokens alone for TRL's `kto`."""
+    if "prompt_ids" in example and not {"completion", "chosen"} & example.keys():
+        raise ValueError(
+            "`train_dataset` is tokenised already (`prompt_ids`), and the loss `kto` needs the text for its estimate "
+            "of the KL divergence. Give the text columns, or use another loss."
+        )
