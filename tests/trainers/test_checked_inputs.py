@@ -131,6 +131,7 @@ def test_image_tokens_that_are_cut_off_name_max_length():
     for max_length, sentence in ((10, "`max_length=10` is too short"), (None, "^Image features")):
         trainer = SimpleNamespace(
             args=SimpleNamespace(max_length=max_length), aux_loss_enabled=False, precompute_ref_logps=False,
+            stand_in=lambda model: model,
             compute_ref_log_probs=complains, model=torch.nn.Linear(1, 1), ref_model=None,
         )  # fmt: skip
         with pytest.raises(ValueError, match=sentence):

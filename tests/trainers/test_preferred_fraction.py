@@ -63,7 +63,8 @@ def test_preferred_fraction_is_counted_after_filtering_and_logged_once(tmp_path,
     assert entry["share/chosen"] == pytest.approx(0.3)
     for name, share in (("balanced", 0.5), ("other", 0.2)):
         (entry,) = [entry for entry in trainer.state.log_history if f"eval_{name}_loss" in entry]
-        assert entry["eval_share/chosen"] == pytest.approx(share) and "eval_logratios/chosen" in entry
+        assert entry[f"eval_{name}_share/chosen"] == pytest.approx(share)
+        assert f"eval_{name}_logratios/chosen" in entry
 
 
 @EACH_LOSS
