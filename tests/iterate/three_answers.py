@@ -22,12 +22,13 @@ from ..tiny import cpu_args
 
 
 ANSWERS = "ABC"
+END = ANSWERS[-1]  # completions have one token, and an end of its own would be a fourth answer
 PROMPT = [{"prompt": "A"}]
 
 
 def save_model(folder: Path) -> str:
-    vocabulary = {**{answer: i for i, answer in enumerate(ANSWERS)}, "<end>": len(ANSWERS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    vocabulary = {answer: i for i, answer in enumerate(ANSWERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     config = GPT2Config(
         vocab_size=len(ANSWERS),
@@ -44,7 +45,7 @@ def save_model(folder: Path) -> str:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config)
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END).save_pretrained(folder)
     return str(folder)
 
 
@@ -66,7 +67,10 @@ def run_loop(folder: Path, preferences: np.ndarray, a: float, lam: float, b: flo
     model = save_model(folder / "model")
 
     def judge(prompts, first, second):
-        return [preferences[ANSWERS.index(x), ANSWERS.index(y)] for x, y in zip(first, second, strict=True)]
+        # As a special token the last answer decodes to nothing
+        return [
+            preferences[ANSWERS.index(x or END), ANSWERS.index(y or END)] for x, y in zip(first, second, strict=True)
+        ]
 
     config = IterateConfig(
         **{
