@@ -384,6 +384,7 @@ def test_trl_packs_itself(tmp_path, monkeypatch):
     """A TRL that keeps `padding_free` is left to it."""
     initialise = trl.DPOTrainer.__init__
 
+    @functools.wraps(initialise)
     def packs(self, *args, **kwargs):
         initialise(self, *args, **kwargs)
         self.padding_free = True
