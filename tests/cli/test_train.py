@@ -21,8 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 import trl_rdro
 from trl_rdro.cli import launch, main, train
 
-from ..helpers import ROOT, refusal, run_process
-from ..run.test_files_of_a_run import hold
+from ..helpers import ROOT, hold, refusal, run_process
 from ..tiny import tiny_preferences
 
 

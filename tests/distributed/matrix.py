@@ -160,3 +160,10 @@ def errors(run: dict[str, Any], baseline: dict[str, Any]) -> dict[str, float]:
     expected = update(baseline)
     found["update"] = ((update(run) - expected).norm() / expected.norm()).item()
     return found
+
+
+def require_equal(run: dict[str, Any], baseline: dict[str, Any], cell: Cell) -> None:
+    assert run["before"].keys() == baseline["before"].keys()
+    found = errors(run, baseline)
+    too_large = {key: found[key] for key, limit in tolerances(cell).items() if not found[key] <= limit}
+    assert not too_large, f"relative differences {too_large} beyond {tolerances(cell)}"

@@ -7,19 +7,12 @@ import pytest
 
 from trl_rdro.compat import engines
 
-from .matrix import CELLS, ENGINES, PACKED, SPLIT_ENGINES, Cell, errors, split_cells, tolerances
+from .matrix import CELLS, ENGINES, PACKED, SPLIT_ENGINES, Cell, require_equal, split_cells
 
 
 pytestmark = pytest.mark.slow
 
 DISTRIBUTED = [engine for engine in ENGINES if engine != "single"]
-
-
-def require_equal(run, baseline, cell: Cell) -> None:
-    assert run["before"].keys() == baseline["before"].keys()
-    found = errors(run, baseline)
-    too_large = {key: found[key] for key, limit in tolerances(cell).items() if not found[key] <= limit}
-    assert not too_large, f"relative differences {too_large} beyond {tolerances(cell)}"
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)

@@ -7,8 +7,7 @@ import pytest
 
 from ..helpers import free_port
 from .conftest import read_result, run_on_nodes
-from .matrix import MATRIX
-from .test_engines import require_equal
+from .matrix import MATRIX, require_equal
 
 
 pytestmark = pytest.mark.slow

@@ -1,17 +1,15 @@
-"""The loop with tiny models in this process, and the command around it."""
+"""The loop with tiny models in this process."""
 
 import gc
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
-from trl_rdro.cli import iterate, main
 from trl_rdro.iterate import rounds, sampling
 from trl_rdro.iterate.judges import LabelledScores, RewardFunctions
 from trl_rdro.iterate.policies import Policies
@@ -19,17 +17,9 @@ from trl_rdro.iterate.references import geometric, linear
 from trl_rdro.iterate.rewards import positivity
 from trl_rdro.run import files
 
-from ..helpers import ROOT, is_png, run_process
+from ..helpers import is_png
 from ..tiny import save_tiny, tiny_preferences
-from .worker import make_loop, vowels
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def weights(output: Path, folder: str = "final") -> bytes:
-    return (output / folder / "adapter_model.safetensors").read_bytes()
+from .worker import make_loop, rows_of, vowels, weights
 
 
 # Sampling
@@ -345,85 +335,3 @@ def test_labels_are_asked_for_and_the_run_goes_on_with_them(model, tmp_path):
     # The new policy's completions have no labels
     assert report["rounds"][0]["reward"] is report["rounds"][0]["win_rate"] is None
     assert report["final_round"] == report["best_round"] == 0
-
-
-# The command
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["command", "script"])
-def test_yaml_file_runs_the_loop(way, config, tmp_path):
-    script = ["-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "scripts" / "iterate.py")]
-    command = [sys.executable, *(["-m", "trl_rdro.cli", "iterate"] if way == "command" else script)]
-    argv = ["--config", config(beta=None), "--seed", "3", *(["--num_processes", "1"] if way == "command" else [])]
-    result = run_process([*command, *argv])
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert f"model of round 1 in {tmp_path / 'out'}/final" in result.stdout
-    assert weights(tmp_path / "out")
-    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert settings["seed"] == 3 and settings["beta"] == 1.0  # not TRL's 0.1
-
-
-def test_recipe_is_strictly_valid(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    argv = ["--config", "recipes/iterate.yaml", "--model_name_or_path", "any", "--use_cpu", "true", "--bf16", "false"]
-    (config, script_args, args, _), judge, *flags = iterate.parse(argv)
-    assert flags == [[], []] and judge.functions == [positivity]
-    assert config.guaranteed_margin(args) is None  # its judge can be certain
-    train, test = iterate.load_prompts(script_args)
-    assert (len(train), len(test)) == (32, 24)
-    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
-
-
-def test_method_decides_the_options(config, tmp_path):
-    assert iterate.run(["--config", config(method="kto", loss_type="rdro")]) == 0
-    assert "label" in rows_of(tmp_path / "out" / "round_000" / "train.jsonl")[0]
-    assert iterate.find_method(["--config", config(method="kto"), "--method", "dpo"]) == "dpo"
-    assert iterate.find_method([]) == "dpo"
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"model_name_or_path": None}, "no model given"),
-        ({"dataset_name": None}, "no prompts given"),
-        ({"sampling_mx": 0.5}, "unknown option --sampling_mx, did you mean --sampling_mix?"),
-        ({"sampling_mix": 2.0}, "`sampling_mix` must be a number in [0, 1], got 2.0"),
-        ({"reward_funcs": ["tests.nowhere.f"]}, "Cannot import the function 'tests.nowhere.f'"),
-        ({"loss_type": "rdro", "reference_mix": 0.5}, "`reference_mix=0.5` cannot be combined with rdro"),
-        ({"reward_funcs": None}, "Set one of `reward_funcs`, `preference_func` and `labelled_file`"),
-        ({"method": "reinforce"}, "`method` has no value 'reinforce'"),
-    ],
-)
-def test_mistake_ends_in_one_sentence_before_anything_is_launched(changes, sentence, config, capsys, monkeypatch):
-    monkeypatch.setattr(iterate, "launch_module", lambda *args: pytest.fail("launched"))
-    assert main(["iterate", "--config", config(**changes)]) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and "Traceback" not in error
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"dataset_train_split": "training"}, "the dataset has no split training"),
-        ({"model_name_or_path": "/no/model"}, "cannot load the model /no/model"),
-        ({"max_length": 7}, "No prompt fits: `max_length=7` leaves 1 tokens"),
-    ],
-)
-def test_mistake_in_the_data_ends_in_one_sentence(changes, sentence, config, capsys):
-    assert iterate.run(["--config", config(**changes)]) == 2
-    assert sentence in capsys.readouterr().err
-
-
-def test_config_without_a_file_ends_in_one_sentence(capsys):
-    assert main(["iterate", "--config"]) == 2
-    assert "expected a file name after --config" in capsys.readouterr().err
-    assert main(["iterate", "--config", "nowhere.yaml"]) == 2
-    assert "nowhere.yaml: No such file" in capsys.readouterr().err
-
-
-def test_data_without_prompts_are_refused(config, tmp_path, capsys):
-    path = config()
-    (tmp_path / "prompts.jsonl").write_text('{"question": "why?"}\n')
-    assert iterate.run(["--config", path]) == 2
-    assert "lacks the column prompt of a data set of prompts; it has question" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """A loop of two rounds with a tiny model, which can be made to die by SIGKILL at a given point."""
 
+import json
 import os
 import signal
 import sys
@@ -15,6 +16,14 @@ from trl_rdro.iterate.rounds import Loop
 from trl_rdro.run.signals import end_on_signals
 
 from ..tiny import cpu_args, tiny_preferences
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(output: Path, folder: str = "final") -> bytes:
+    return (output / folder / "adapter_model.safetensors").read_bytes()
 
 
 def vowels(prompts, completions, **kwargs):

@@ -25,20 +25,11 @@ from trl_rdro.run.lock import Unusable, only_run_in
 from trl_rdro.run.secrets import args_without_secrets, is_secret, split_hub_token, without_secrets
 from trl_rdro.run.settings import describe_model, differences, is_free, options_of, plain, settings_of
 
+from ..helpers import hold
 from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
 
 
 # One run per directory
-
-
-def hold(directory: str, ready, how: str) -> None:
-    with only_run_in(directory):
-        # As a data loader does, whose worker outlives the killed process
-        if how == "fork" and os.fork() == 0:
-            time.sleep(20)
-            os._exit(0)
-        ready.set()
-        time.sleep(60)
 
 
 @pytest.mark.parametrize("how", ["alone", "fork"])

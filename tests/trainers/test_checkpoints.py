@@ -21,7 +21,7 @@ from trl_rdro.run.disk import DiskFull
 from trl_rdro.trainers import checkpoints
 from trl_rdro.trainers.checkpoints import non_finite_parameters
 
-from ..run.test_files_of_a_run import hold
+from ..helpers import hold
 from ..tiny import save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
 from ..training import lora, make_trainer
 
