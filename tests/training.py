@@ -28,6 +28,10 @@ def make_config(output_dir, config_class=DPOConfig, **settings):
     return config_class(**cpu_args(output_dir=str(output_dir), **{**SETTINGS, **settings}))
 
 
+def kto_config(output_dir, loss_type="rdro", config_class=KTOConfig, **settings):
+    return make_config(output_dir, config_class, loss_type=loss_type, **{"max_steps": 2, **settings})
+
+
 def make_trainer(model, output_dir, trainer_class=DPOTrainer, trainer_kwargs=None, config_class=None, **settings):
     """
     A trainer on 32 tiny pairs, or on other data. Tables get the columns that our losses need, if they lack them.
@@ -90,6 +94,12 @@ def labelled(n_preferred: int, n_others: int, seed: int = 0) -> Dataset:
 
 def parameters(trainer) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def trained_parameters(trainer) -> dict[str, torch.Tensor]:
+    """Those after training it."""
+    trainer.train()
+    return parameters(trainer)
 
 
 def same_parameters(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:

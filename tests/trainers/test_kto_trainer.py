@@ -13,19 +13,15 @@ from trl_rdro.losses.types import of_family
 
 from ..tiny import cpu_args
 from ..training import (
+    kto_config,
     labelled,
     lora,
-    make_config,
     measured,
     parameters,
 )
 
 
 EACH_LOSS = pytest.mark.parametrize("loss_type", of_family("density_ratio"))
-
-
-def config(output_dir, loss_type="rdro", config_class=KTOConfig, **settings):
-    return make_config(output_dir, config_class, loss_type=loss_type, **{"max_steps": 2, **settings})
 
 
 def count_forwards(*models) -> list[int]:
@@ -60,7 +56,9 @@ def count_forwards(*models) -> list[int]:
 )
 def test_trl_losses_are_trls_to_the_last_bit(tmp_path, qwen2, loss_type, settings, use_lora):
     def run(trainer_class, config_class):
-        args = config(tmp_path, loss_type, config_class, max_steps=4, eval_strategy="steps", eval_steps=2, **settings)
+        args = kto_config(
+            tmp_path, loss_type, config_class, max_steps=4, eval_strategy="steps", eval_steps=2, **settings
+        )
         trainer = trainer_class(
             qwen2,
             args=args,
@@ -85,27 +83,27 @@ def test_trl_losses_are_trls_to_the_last_bit(tmp_path, qwen2, loss_type, setting
 
 @EACH_LOSS
 def test_no_kl_and_random_order_by_default(tmp_path, qwen2, loss_type):
-    trainer = KTOTrainer(qwen2, args=config(tmp_path, loss_type), train_dataset=labelled(4, 4))
+    trainer = KTOTrainer(qwen2, args=kto_config(tmp_path, loss_type), train_dataset=labelled(4, 4))
     assert trainer.calculate_KL is False
     assert not [name for name in trainer.train_dataset.column_names if "KL" in name]
     assert not [name for name in next(iter(trainer.get_train_dataloader())) if "KL" in name]
     assert trainer.args.loss_type == trainer.loss_type == loss_type
     assert isinstance(trainer._get_train_sampler(), torch.utils.data.RandomSampler)
 
-    args = config(tmp_path, loss_type, train_sampling_strategy="sequential", per_device_train_batch_size=1)
+    args = kto_config(tmp_path, loss_type, train_sampling_strategy="sequential", per_device_train_batch_size=1)
     trainer = KTOTrainer(qwen2, args=args, train_dataset=labelled(4, 4))
     assert isinstance(trainer._get_train_sampler(), torch.utils.data.SequentialSampler)
 
 
 def test_order_stays_sequential_for_losses_with_a_kl_estimate(tmp_path):
-    assert config(tmp_path, "kto").train_sampling_strategy == "sequential"
-    assert config(tmp_path, "apo_zero_unpaired").train_sampling_strategy == "sequential"
+    assert kto_config(tmp_path, "kto").train_sampling_strategy == "sequential"
+    assert kto_config(tmp_path, "apo_zero_unpaired").train_sampling_strategy == "sequential"
 
 
 @EACH_LOSS
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_one_forward_of_each_model(tmp_path, qwen2, loss_type, accumulation):
-    args = config(
+    args = kto_config(
         tmp_path, loss_type, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, max_steps=2
     )
     trainer = KTOTrainer(qwen2, args=args, train_dataset=labelled(8, 4))
@@ -115,7 +113,7 @@ def test_one_forward_of_each_model(tmp_path, qwen2, loss_type, accumulation):
 
 
 def test_no_reference_forward_when_precomputed(tmp_path, qwen2):
-    args = config(tmp_path, precompute_ref_log_probs=True)
+    args = kto_config(tmp_path, precompute_ref_log_probs=True)
     trainer = KTOTrainer(qwen2, args=args, train_dataset=labelled(8, 8))
     assert trainer.ref_model is None
     counts = count_forwards(trainer.model)
@@ -124,7 +122,7 @@ def test_no_reference_forward_when_precomputed(tmp_path, qwen2):
 
 
 def test_the_adapter_is_switched_off_for_the_reference_forward(tmp_path, qwen2):
-    trainer = KTOTrainer(qwen2, args=config(tmp_path), train_dataset=labelled(8, 8), peft_config=lora())
+    trainer = KTOTrainer(qwen2, args=kto_config(tmp_path), train_dataset=labelled(8, 8), peft_config=lora())
     assert trainer.ref_model is None
     counts = count_forwards(trainer.model)
     trainer.train()
@@ -149,13 +147,13 @@ def test_the_adapter_is_switched_off_for_the_reference_forward(tmp_path, qwen2):
 def test_labels_of_another_kind_are_refused_before_the_model_is_loaded(tmp_path, loss_type, columns, sentence):
     rows = Dataset.from_dict({"prompt": ["a", "b"], "completion": [" c", " d"], **columns})
     with pytest.raises(ValueError, match=sentence) as error:
-        KTOTrainer("no/such-model", args=config(tmp_path, loss_type), train_dataset=rows)
+        KTOTrainer("no/such-model", args=kto_config(tmp_path, loss_type), train_dataset=rows)
     assert "\n" not in str(error.value)
 
 
 def test_an_empty_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
-        KTOTrainer("no/such-model", args=config(tmp_path), train_dataset=labelled(1, 1).select([]))
+        KTOTrainer("no/such-model", args=kto_config(tmp_path), train_dataset=labelled(1, 1).select([]))
 
 
 @EACH_LOSS
@@ -171,4 +169,4 @@ def test_a_plain_trl_config_is_refused(tmp_path, loss_type):
 def test_images_are_refused(tmp_path, loss_type, column):
     rows = labelled(1, 1).add_column(column, ["picture", "picture"])
     with pytest.raises(ValueError, match="not implemented for unpaired image data"):
-        KTOTrainer("no/such-model", args=config(tmp_path, loss_type), train_dataset=rows)
+        KTOTrainer("no/such-model", args=kto_config(tmp_path, loss_type), train_dataset=rows)

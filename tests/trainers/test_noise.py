@@ -5,10 +5,11 @@ import torch
 from peft import LoraConfig
 from transformers.integrations.neftune import activate_neftune
 
-from trl_rdro import DPOConfig, DPOTrainer
+from trl_rdro import DPOTrainer
 from trl_rdro.trainers.noise import NoiseState
 
-from ..tiny import cpu_args, tiny_preferences, tiny_qwen2, tiny_tokenizer
+from ..tiny import tiny_preferences, tiny_qwen2, tiny_tokenizer
+from ..training import SGD, make_trainer
 
 
 LORA = LoraConfig(
@@ -24,38 +25,15 @@ NOISES = {
 
 def make(tmp_path, noise, rows=4, **settings) -> DPOTrainer:
     model_settings, own, adapter = NOISES[noise]
-    args = DPOConfig(
-        **cpu_args(
-            **{
-                "output_dir": str(tmp_path),
-                "per_device_train_batch_size": rows,
-                "max_steps": 1,
-                "optim": "sgd",
-                "learning_rate": 1.0,
-                "lr_scheduler_type": "constant",
-                "max_grad_norm": 0.0,
-                "logging_steps": 1,
-                **own,
-                **settings,
-            }
-        )
-    )
-    return DPOTrainer(
-        tiny_qwen2(seed=1, attn_implementation="eager", **model_settings),
-        ref_model=None if adapter else tiny_qwen2(seed=0),
-        args=args,
-        train_dataset=tiny_preferences(8),
-        processing_class=tiny_tokenizer(),
-        peft_config=adapter,
-    )
-
-
-def trained_parameters(trainer):
-    return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    model = tiny_qwen2(seed=1, attn_implementation="eager", **model_settings)
+    given = {"train_dataset": tiny_preferences(8), "processing_class": tiny_tokenizer(), "peft_config": adapter}
+    given["ref_model"] = None if adapter else tiny_qwen2(seed=0)
+    step = {**SGD, "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1, "per_device_train_batch_size": rows}
+    return make_trainer(model, tmp_path, trainer_kwargs=given, **{**step, **own, **settings})
 
 
 def gradient(trainer) -> torch.Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in trained_parameters(trainer)])
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
 
 
 def start_noise(trainer):

@@ -6,24 +6,20 @@ import math
 import pytest
 from datasets import Dataset
 
-from trl_rdro import KTOConfig, KTOTrainer
+from trl_rdro import KTOTrainer
 from trl_rdro.losses.types import of_family
 
 from ..loss_cases import LOSS_CASES
 from ..training import (
+    kto_config,
     labelled,
     largest_difference,
-    make_config,
     parameters,
     two_models,
 )
 
 
 EACH_LOSS = pytest.mark.parametrize("loss_type", of_family("density_ratio"))
-
-
-def config(output_dir, loss_type="rdro", config_class=KTOConfig, **settings):
-    return make_config(output_dir, config_class, loss_type=loss_type, **{"max_steps": 2, **settings})
 
 
 def fraction_messages(caplog) -> list[str]:
@@ -34,7 +30,7 @@ def fraction_messages(caplog) -> list[str]:
 def test_preferred_fraction_is_counted_after_filtering_and_logged_once(tmp_path, qwen2, caplog, loss_type):
     rows = list(labelled(3, 7))
     rows += [{**row, "prompt": row["prompt"] * 20} for row in rows[:2]]
-    args = config(
+    args = kto_config(
         tmp_path,
         loss_type,
         max_length=64,
@@ -70,7 +66,7 @@ def test_preferred_fraction_is_counted_after_filtering_and_logged_once(tmp_path,
 @EACH_LOSS
 def test_preferred_fraction_sets_the_mixture(tmp_path, loss_type):
     def evaluate(**kwargs):
-        args = config(tmp_path, loss_type, **kwargs)
+        args = kto_config(tmp_path, loss_type, **kwargs)
         rows = {"train_dataset": labelled(2, 6), "eval_dataset": labelled(4, 4, seed=1)}
         return KTOTrainer(args=args, **rows, **two_models()).evaluate()["eval_loss"]
 
@@ -83,7 +79,7 @@ def test_preferred_fraction_sets_the_mixture(tmp_path, loss_type):
 
 def test_a_set_preferred_fraction_is_compared_with_the_count(tmp_path, qwen2, caplog):
     with caplog.at_level(logging.INFO):
-        trainer = KTOTrainer(qwen2, args=config(tmp_path, preferred_fraction=0.4), train_dataset=labelled(2, 6))
+        trainer = KTOTrainer(qwen2, args=kto_config(tmp_path, preferred_fraction=0.4), train_dataset=labelled(2, 6))
     assert trainer.preferred_fraction == 0.4
     (message,) = fraction_messages(caplog)
     assert "0.4000 as set" in message and "0.2500 (2 of 8)" in message
@@ -94,8 +90,8 @@ def test_streaming_needs_the_preferred_fraction(tmp_path, qwen2, loss_type):
     rows = labelled(6, 2)
     with pytest.raises(ValueError, match="`preferred_fraction`"):
         # Refused before the model, which does not exist, is looked for
-        KTOTrainer("no/such-model", args=config(tmp_path, loss_type), train_dataset=rows.to_iterable_dataset())
-    args = config(tmp_path, loss_type, preferred_fraction=0.75, max_steps=1)
+        KTOTrainer("no/such-model", args=kto_config(tmp_path, loss_type), train_dataset=rows.to_iterable_dataset())
+    args = kto_config(tmp_path, loss_type, preferred_fraction=0.75, max_steps=1)
     trainer = KTOTrainer(qwen2, args=args, train_dataset=rows.to_iterable_dataset())
     before = parameters(trainer)
     trainer.train()
@@ -108,16 +104,16 @@ def test_streaming_needs_the_preferred_fraction(tmp_path, qwen2, loss_type):
 @pytest.mark.parametrize(("counts", "word"), [((4, 0), "preferred"), ((0, 4), "non-preferred")])
 @pytest.mark.parametrize("fraction", [None, 0.5])
 def test_one_class_is_refused(tmp_path, qwen2, loss_type, counts, word, fraction):
-    args = config(tmp_path, loss_type, preferred_fraction=fraction)
+    args = kto_config(tmp_path, loss_type, preferred_fraction=fraction)
     with pytest.raises(ValueError, match=f"All 4 completions of `train_dataset` are {word}"):
         KTOTrainer(qwen2, args=args, train_dataset=labelled(*counts))
 
 
 @pytest.mark.parametrize("name", ["desirable_weight", "undesirable_weight"])
 def test_weights_set_by_hand_are_warned_about(tmp_path, qwen2, caplog, name):
-    KTOTrainer(qwen2, args=config(tmp_path), train_dataset=labelled(2, 8))
+    KTOTrainer(qwen2, args=kto_config(tmp_path), train_dataset=labelled(2, 8))
     assert not [record for record in caplog.records if "desirable_weight" in record.getMessage()]  # nor TRL's advice
-    KTOTrainer(qwen2, args=config(tmp_path, **{name: 2.0}), train_dataset=labelled(2, 8))
+    KTOTrainer(qwen2, args=kto_config(tmp_path, **{name: 2.0}), train_dataset=labelled(2, 8))
     (record,) = [record for record in caplog.records if "desirable_weight" in record.getMessage()]
     assert record.levelno == logging.WARNING and f"`{name}=2.0`" in record.getMessage()
     assert "no longer converges" in record.getMessage()

@@ -11,41 +11,24 @@ from transformers import AutoModelForCausalLM
 from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl_rdro.trainers.start import distance_from_reference, share_that_cannot_move
 
-from ..tiny import cpu_args, save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
+from ..tiny import tiny_preferences, tiny_qwen2, tiny_tokenizer
+from ..training import make_trainer
 
 
 LOSSES = ["sigmoid", "rdro", "kldpo", "wdpo", "kto"]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("saved"))
-
-
 def make(model, output_dir, loss_type, data=None, ref_model=None, trainer=None, peft_config=None, **settings):
     """A trainer of four steps with any of our losses or TRL's, `kto` on the pairs taken apart."""
-    paired = loss_type not in ("kto", "apo_zero_unpaired")
-    args = (DPOConfig if paired else KTOConfig)(
-        **cpu_args(
-            **{
-                "output_dir": str(output_dir),
-                "loss_type": loss_type,
-                "per_device_train_batch_size": 4,
-                "max_steps": 4,
-                "logging_steps": 1,
-                "learning_rate": 1e-3,
-                **settings,
-            }
-        )
-    )
-    trainer = trainer or (DPOTrainer if paired else KTOTrainer)
-    return trainer(
-        model=model,
-        ref_model=ref_model,
-        args=args,
-        train_dataset=tiny_preferences(16) if data is None else data,
-        processing_class=tiny_tokenizer(),
-        peft_config=peft_config,
+    unpaired = loss_type in ("kto", "apo_zero_unpaired")
+    given = {"train_dataset": data or tiny_preferences(16), "processing_class": tiny_tokenizer()}
+    return make_trainer(
+        model,
+        output_dir,
+        trainer or (KTOTrainer if unpaired else DPOTrainer),
+        {**given, "ref_model": ref_model, "peft_config": peft_config},
+        KTOConfig if unpaired else DPOConfig,
+        **{"loss_type": loss_type, "per_device_train_batch_size": 4, **settings},
     )
 
 
@@ -57,15 +40,15 @@ def warnings_of(caplog) -> str:
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_a_frozen_adapter_is_refused(saved, tmp_path, loss_type):
+def test_a_frozen_adapter_is_refused(qwen2, tmp_path, loss_type):
     get_peft_model(tiny_qwen2(), LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(tiny_qwen2(), tmp_path / "adapter")
-    with pytest.raises(ValueError, match="(?s)requires a gradient.*is_trainable=True|frozen|trainable"):
+    with pytest.raises(ValueError, match="No parameter of the model requires a gradient.*is_trainable=True"):
         make(model, tmp_path, loss_type)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "rdro", "kldpo"])
-def test_the_reference_pass_leaves_frozen_adapter_weights_frozen(saved, tmp_path, loss_type):
+def test_the_reference_pass_leaves_frozen_adapter_weights_frozen(qwen2, tmp_path, loss_type):
     model = get_peft_model(
         tiny_qwen2(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     )
@@ -85,10 +68,10 @@ def test_the_reference_pass_leaves_frozen_adapter_weights_frozen(saved, tmp_path
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_a_model_changed_in_memory_does_not_start_at_its_reference(saved, tmp_path, loss_type, caplog):
+def test_a_model_changed_in_memory_does_not_start_at_its_reference(qwen2, tmp_path, loss_type, caplog):
     for changed in (False, True):
         caplog.clear()
-        model = AutoModelForCausalLM.from_pretrained(saved, dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(qwen2, dtype="float32")
         if changed:
             with torch.no_grad():
                 model.lm_head.weight.add_(0.2 * torch.randn_like(model.lm_head.weight))
@@ -97,26 +80,26 @@ def test_a_model_changed_in_memory_does_not_start_at_its_reference(saved, tmp_pa
     assert "changed in memory" in warnings_of(caplog)
 
 
-def test_wrong_reference_columns_are_named(saved, tmp_path, caplog):
+def test_wrong_reference_columns_are_named(qwen2, tmp_path, caplog):
     data = tiny_preferences(16).map(lambda row: {"ref_chosen_logps": -3.0, "ref_rejected_logps": -2.0})
-    make(saved, tmp_path, "rdro", data, precompute_ref_log_probs=True).train()
+    make(qwen2, tmp_path, "rdro", data, precompute_ref_log_probs=True).train()
     assert "does not start at its reference" in warnings_of(caplog) and "in the data set" in warnings_of(caplog)
 
 
-def test_a_given_reference_and_noise_are_not_complained_about(saved, tmp_path, caplog):
+def test_a_given_reference_and_noise_are_not_complained_about(qwen2, tmp_path, caplog):
     make(tiny_qwen2(seed=1), tmp_path, "sigmoid", ref_model=tiny_qwen2(seed=0)).train()
     adapter = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", init_lora_weights=False)
-    make(saved, tmp_path, "sigmoid", peft_config=adapter, disable_dropout=False).train()
+    make(qwen2, tmp_path, "sigmoid", peft_config=adapter, disable_dropout=False).train()
     assert "does not start at its reference" not in warnings_of(caplog)
 
 
-def test_precomputed_log_probabilities_are_not_taken_from_other_settings(saved, tmp_path):
+def test_precomputed_log_probabilities_are_not_taken_from_other_settings(qwen2, tmp_path):
     """TRL's cache does not know max_length, by which completions are cut."""
     data = tiny_preferences(16).map(lambda row: {"chosen": 4 * row["chosen"]})
     data.to_json(tmp_path / "data.jsonl")
     data = Dataset.from_json(str(tmp_path / "data.jsonl"), cache_dir=str(tmp_path / "cache"))
     first = [
-        make(saved, tmp_path, "rdro", data, precompute_ref_log_probs=True, max_length=length).train_dataset[0]
+        make(qwen2, tmp_path, "rdro", data, precompute_ref_log_probs=True, max_length=length).train_dataset[0]
         for length in (256, 28)
     ]
     assert first[0]["ref_chosen_logps"] != first[1]["ref_chosen_logps"]
@@ -129,7 +112,7 @@ def test_distance_by_hand():
     assert distance_from_reference({"rewards/chosen": 0.001}, 0.1, torch.float32) is None
 
 
-def test_parameters_that_cannot_move_are_counted(saved, tmp_path, caplog):
+def test_parameters_that_cannot_move_are_counted(qwen2, tmp_path, caplog):
     linear = torch.nn.Linear(2, 2, bias=False)
     linear.weight.data = torch.tensor([[1.0, 1e-3], [0.5, 0.0]])
     assert share_that_cannot_move(linear, 1e-6) == 0
@@ -138,7 +121,7 @@ def test_parameters_that_cannot_move_are_counted(saved, tmp_path, caplog):
     assert share_that_cannot_move(linear, 1e-5) == 0.5
     for rate, stuck in ((5e-7, True), (1e-1, False)):
         caplog.clear()
-        model = AutoModelForCausalLM.from_pretrained(saved, dtype="bfloat16")
+        model = AutoModelForCausalLM.from_pretrained(qwen2, dtype="bfloat16")
         make(model, tmp_path, "rdro", learning_rate=rate).train()
         assert ("cannot move" in warnings_of(caplog)) == stuck
 
@@ -153,7 +136,7 @@ def poisoned():
 
 
 @pytest.mark.parametrize("loss_type", [*LOSSES, "ipo", "apo_zero_unpaired"])
-def test_parameters_that_are_not_finite_end_the_run_by_name(saved, tmp_path, loss_type):
+def test_parameters_that_are_not_finite_end_the_run_by_name(qwen2, tmp_path, loss_type):
     with pytest.raises(
         FloatingPointError, match=r"1 of the model's parameters .*layers\.1\.mlp\.up_proj.*as it was loaded"
     ):
@@ -162,8 +145,8 @@ def test_parameters_that_are_not_finite_end_the_run_by_name(saved, tmp_path, los
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "rdro"])
 @pytest.mark.parametrize("clipping", [0.0, 1.0])
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_applied(saved, tmp_path, loss_type, clipping):
-    trainer = make(saved, tmp_path, loss_type, max_grad_norm=clipping)
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_applied(qwen2, tmp_path, loss_type, clipping):
+    trainer = make(qwen2, tmp_path, loss_type, max_grad_norm=clipping)
     weight = trainer.model.model.layers[0].mlp.up_proj.weight
     weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(FloatingPointError, match="gradient norm at step 1 is not finite.*parameters are finite"):
@@ -174,22 +157,22 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_applied(saved, 
 # Other
 
 
-def test_an_override_that_is_never_called_is_said(saved, tmp_path, caplog):
+def test_an_override_that_is_never_called_is_said(qwen2, tmp_path, caplog):
     class Mine(DPOTrainer):
         def _compute_loss(self, *args, **kwargs):
             return super()._compute_loss(*args, **kwargs)
 
-    make(saved, tmp_path, "rdro", trainer=Mine)
+    make(qwen2, tmp_path, "rdro", trainer=Mine)
     assert "`Mine._compute_loss` is not called with rdro" in warnings_of(caplog)
     caplog.clear()
-    make(saved, tmp_path, "sigmoid", trainer=Mine)
-    make(saved, tmp_path, "rdro")
+    make(qwen2, tmp_path, "sigmoid", trainer=Mine)
+    make(qwen2, tmp_path, "rdro")
     assert "is not called" not in warnings_of(caplog)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "rdro", "kto"])
-def test_metrics_of_several_evaluation_sets_carry_their_names(saved, tmp_path, loss_type):
-    trainer = make(saved, tmp_path, loss_type)
+def test_metrics_of_several_evaluation_sets_carry_their_names(qwen2, tmp_path, loss_type):
+    trainer = make(qwen2, tmp_path, loss_type)
     sets = {"easy": tiny_preferences(8, seed=1), "hard": tiny_preferences(8, seed=2)}
     trainer.eval_dataset = {
         name: trainer._prepare_dataset(data, trainer.processing_class, trainer.args, name)
@@ -204,8 +187,8 @@ def test_metrics_of_several_evaluation_sets_carry_their_names(saved, tmp_path, l
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "rdro", "kldpo"])
-def test_a_compiled_model_trains(saved, tmp_path, loss_type, monkeypatch):
+def test_a_compiled_model_trains(qwen2, tmp_path, loss_type, monkeypatch):
     """`torch.compile` gives a module whose truth value is an error for containers."""
-    trainer = make(saved, tmp_path, loss_type, torch_compile=True, torch_compile_backend="eager")
+    trainer = make(qwen2, tmp_path, loss_type, torch_compile=True, torch_compile_backend="eager")
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerCallback
 
+from trl_rdro import DPOTrainer, KTOTrainer
 from trl_rdro.trainers import throughput
 
-from .test_packed_rows import labelled, make, pairs, reference
+from ..tiny import tiny_preferences
+from ..training import labelled, make_trainer
 
 
 class Slow(TrainerCallback):
@@ -24,13 +26,13 @@ class Slow(TrainerCallback):
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_counts_and_times(tmp_path, monkeypatch, kind, packed):
+def test_counts_and_times(qwen2, tmp_path, monkeypatch, kind, packed):
     slow = Slow()
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: slow.now))
-    data = pairs() if kind == "DPO" else labelled()
-    trainer = make(
-        kind, tmp_path, max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=1, loss_type="rdro",
-        padding_free=packed, trainer_kwargs={**reference()["trainer_kwargs"], "eval_dataset": data},
+    trainer_class, data = (DPOTrainer, tiny_preferences(8)) if kind == "DPO" else (KTOTrainer, labelled(4, 4))
+    trainer = make_trainer(
+        qwen2, tmp_path, trainer_class, {"train_dataset": data, "eval_dataset": data}, loss_type="rdro",
+        per_device_train_batch_size=4, logging_steps=2, eval_strategy="steps", eval_steps=1, padding_free=packed,
     )  # fmt: skip
     # Before the trainer's own clock, which looks at the time when an evaluation is over
     trainer.callback_handler.callbacks.insert(0, slow)

@@ -19,25 +19,17 @@ from ..tiny import tiny_preferences, tiny_tokenizer
 from ..training import (
     SGD,
     flatten,
+    kto_config,
     labelled,
     largest_difference,
-    make_config,
     measured,
     parameters,
+    trained_parameters,
     two_models,
 )
 
 
 EACH_LOSS = pytest.mark.parametrize("loss_type", of_family("density_ratio"))
-
-
-def config(output_dir, loss_type="rdro", config_class=KTOConfig, **settings):
-    return make_config(output_dir, config_class, loss_type=loss_type, **{"max_steps": 2, **settings})
-
-
-def trained(trainer) -> dict[str, torch.Tensor]:
-    trainer.train()
-    return parameters(trainer)
 
 
 # Values
@@ -81,7 +73,7 @@ def test_evaluation_equals_a_naive_computation(tmp_path, loss_type, mixture):
         for z_i, row in zip(z, rows, strict=True)
     ]
     classes = {"chosen": z[:4], "rejected": z[4:]}
-    args = config(
+    args = kto_config(
         tmp_path,
         loss_type,
         **{LOSS_CASES[loss_type].mixture: mixture},
@@ -108,7 +100,7 @@ def test_evaluation_equals_a_naive_computation(tmp_path, loss_type, mixture):
 @EACH_LOSS
 def test_metrics_are_trls_and_ours(tmp_path, qwen2, loss_type):
     def run(trainer_class, config_class, loss_type):
-        args = config(tmp_path, loss_type, config_class, eval_strategy="steps", eval_steps=1, max_steps=1)
+        args = kto_config(tmp_path, loss_type, config_class, eval_strategy="steps", eval_steps=1, max_steps=1)
         datasets = {"train_dataset": labelled(4, 4), "eval_dataset": labelled(3, 2, seed=1)}
         trainer = trainer_class(qwen2, args=args, **datasets)
         trainer.train()
@@ -130,7 +122,7 @@ def test_metrics_are_trls_and_ours(tmp_path, qwen2, loss_type):
 
 def test_a_class_missing_from_a_batch_adds_nothing_to_its_averages(tmp_path):
     rows = labelled(2, 4)
-    args = config(tmp_path, "ddro", per_device_eval_batch_size=2)
+    args = kto_config(tmp_path, "ddro", per_device_eval_batch_size=2)
     trainer = KTOTrainer(args=args, train_dataset=rows, eval_dataset=rows, **two_models())
     small = trainer.evaluate()
     trainer.args.per_device_eval_batch_size = 6
@@ -143,7 +135,7 @@ def test_a_class_missing_from_a_batch_adds_nothing_to_its_averages(tmp_path):
 @EACH_LOSS
 @pytest.mark.parametrize(("n_preferred", "n_others"), [(8, 8), (3, 13), (12, 4)])
 def test_first_loss_is_the_constant(tmp_path, qwen2, loss_type, n_preferred, n_others):
-    args = config(tmp_path, loss_type, per_device_train_batch_size=16, max_steps=1)
+    args = kto_config(tmp_path, loss_type, per_device_train_batch_size=16, max_steps=1)
     trainer = KTOTrainer(qwen2, args=args, train_dataset=labelled(n_preferred, n_others))
     trainer.train()
     assert trainer.preferred_fraction == n_preferred / 16
@@ -172,7 +164,7 @@ def test_mixture_of_experts_adds_its_balancing_loss(tmp_path):
             model.load_state_dict(state)
         trainer = KTOTrainer(
             *models,
-            config(tmp_path, router_aux_loss_coef=coefficient),
+            kto_config(tmp_path, router_aux_loss_coef=coefficient),
             train_dataset=labelled(4, 4),
             eval_dataset=labelled(4, 4),
             processing_class=tokenizer,
@@ -192,7 +184,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(tmp_path, loss_type):
     rows = labelled(4, 6)
     results = {}
     for size, accumulation in ((10, 1), (5, 2), (4, 3), (1, 10)):
-        args = config(
+        args = kto_config(
             tmp_path,
             loss_type,
             per_device_train_batch_size=size,
@@ -203,7 +195,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(tmp_path, loss_type):
         )
         trainer = KTOTrainer(args=args, train_dataset=rows, **two_models())
         before = parameters(trainer)
-        after = trained(trainer)
+        after = trained_parameters(trainer)
         results[size] = {name: after[name] - before[name] for name in after}
         entry = trainer.state.log_history[0]
         assert all(math.isfinite(value) for value in entry.values()), entry
@@ -219,7 +211,7 @@ def test_accumulation_of_shuffled_batches(tmp_path, loss_type):
     # 20 samples in steps of 8, 8 and 4, over two epochs: the last step of an epoch has fewer micro-batches.
     results = []
     for size, accumulation in ((8, 1), (1, 8)):
-        args = config(
+        args = kto_config(
             tmp_path,
             loss_type,
             per_device_train_batch_size=size,
@@ -229,7 +221,7 @@ def test_accumulation_of_shuffled_batches(tmp_path, loss_type):
         )
         trainer = KTOTrainer(args=args, train_dataset=labelled(6, 14), **two_models())
         before = parameters(trainer)
-        results.append(trained(trainer))
+        results.append(trained_parameters(trainer))
         assert trainer.state.epoch == 2
     scale = largest_difference(before, results[0])
     assert scale > 1e-3
@@ -240,7 +232,7 @@ def test_accumulation_of_shuffled_batches(tmp_path, loss_type):
 @pytest.mark.parametrize("label", [True, False])
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_batch_of_one_class_keeps_the_graph(tmp_path, loss_type, label, size):
-    trainer = KTOTrainer(args=config(tmp_path, loss_type), train_dataset=labelled(4, 4), **two_models())
+    trainer = KTOTrainer(args=kto_config(tmp_path, loss_type), train_dataset=labelled(4, 4), **two_models())
     rows = [row for row in trainer.train_dataset if row["label"] is label][:size]
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)))
@@ -264,7 +256,7 @@ def test_the_same_data_as_pairs(tmp_path, loss_type, mixture):
     ]
     losses, gradients, updated = [], [], []
     for trainer_class, config_class, size, rows in cases:
-        args = config(
+        args = kto_config(
             tmp_path,
             loss_type,
             config_class,
@@ -281,7 +273,7 @@ def test_the_same_data_as_pairs(tmp_path, loss_type, mixture):
         losses.append(loss.item())
         gradients.append({name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()})
         trainer.model.zero_grad()
-        updated.append(trained(trainer))
+        updated.append(trained_parameters(trainer))
         assert trainer.state.log_history[0]["loss"] == pytest.approx(losses[0], rel=1e-5)
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     scale = max(gradient.abs().max().item() for gradient in gradients[0].values())

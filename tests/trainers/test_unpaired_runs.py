@@ -10,19 +10,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trl_rdro import KTOConfig, KTOTrainer
+from trl_rdro import KTOTrainer
 from trl_rdro.losses.types import of_family
 
 from ..loss_cases import LOSS_CASES
 from ..tiny import save_tiny, tiny_tokenizer
 from ..training import (
     SGD,
+    kto_config,
     labelled,
     largest_difference,
     lora,
-    make_config,
     measured,
     parameters,
+    trained_parameters,
     two_models,
 )
 
@@ -30,21 +31,12 @@ from ..training import (
 EACH_LOSS = pytest.mark.parametrize("loss_type", of_family("density_ratio"))
 
 
-def config(output_dir, loss_type="rdro", config_class=KTOConfig, **settings):
-    return make_config(output_dir, config_class, loss_type=loss_type, **{"max_steps": 2, **settings})
-
-
-def trained(trainer) -> dict[str, torch.Tensor]:
-    trainer.train()
-    return parameters(trainer)
-
-
 @EACH_LOSS
 @pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
 def test_precomputed_reference_gives_the_same_run(tmp_path, qwen2, loss_type, use_lora):
     runs = []
     for precompute in (False, True):
-        args = config(
+        args = kto_config(
             tmp_path,
             loss_type,
             precompute_ref_log_probs=precompute,
@@ -61,7 +53,7 @@ def test_precomputed_reference_gives_the_same_run(tmp_path, qwen2, loss_type, us
             peft_config=lora(init_lora_weights="gaussian") if use_lora else None,
         )
         before = parameters(trainer)
-        runs.append((trained(trainer), measured(trainer)))
+        runs.append((trained_parameters(trainer), measured(trainer)))
         assert ("ref_logps" in trainer.train_dataset.column_names) is precompute
     scale = largest_difference(before, runs[0][0])
     assert scale > 1e-3
@@ -82,7 +74,7 @@ def test_qlora(tmp_path, loss_type):
     )
     trainer = KTOTrainer(
         qwen2,
-        args=config(tmp_path, loss_type, max_steps=6, learning_rate=1e-2, eval_strategy="steps", eval_steps=6),
+        args=kto_config(tmp_path, loss_type, max_steps=6, learning_rate=1e-2, eval_strategy="steps", eval_steps=6),
         train_dataset=labelled(3, 5),
         eval_dataset=labelled(4, 4, seed=1),
         peft_config=lora(),
@@ -90,7 +82,7 @@ def test_qlora(tmp_path, loss_type):
     )
     assert trainer.model.is_loaded_in_4bit
     before = parameters(trainer)
-    after = trained(trainer)
+    after = trained_parameters(trainer)
     adapter = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert adapter == {name for name in after if "lora_" in name}  # evaluation repacks the others on a CPU
     assert all(not torch.equal(before[name], after[name]) for name in adapter)
@@ -102,7 +94,7 @@ def test_qlora(tmp_path, loss_type):
 @EACH_LOSS
 def test_resuming_gives_the_uninterrupted_run(tmp_path, qwen2, loss_type):
     def build(name):
-        args = config(
+        args = kto_config(
             tmp_path / name,
             loss_type,
             per_device_train_batch_size=2,
@@ -113,7 +105,7 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path, qwen2, loss_type):
         )
         return KTOTrainer(qwen2, args=args, train_dataset=labelled(4, 6))
 
-    whole = trained(build("whole"))
+    whole = trained_parameters(build("whole"))
     resumed = build("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.state.global_step == 4
@@ -127,7 +119,7 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path, qwen2, loss_type):
 def test_saved_and_reloaded(tmp_path, qwen2, loss_type, use_lora):
     trainer = KTOTrainer(
         qwen2,
-        args=config(tmp_path / "run", loss_type, learning_rate=1e-2),
+        args=kto_config(tmp_path / "run", loss_type, learning_rate=1e-2),
         train_dataset=labelled(4, 4),
         peft_config=lora() if use_lora else None,
     )
@@ -155,7 +147,7 @@ def test_saved_and_reloaded(tmp_path, qwen2, loss_type, use_lora):
     ],
 )
 def test_model_card_names_the_method(tmp_path, qwen2, loss_type, paper, title):
-    trainer = KTOTrainer(qwen2, args=config(tmp_path, loss_type), train_dataset=labelled(1, 1))
+    trainer = KTOTrainer(qwen2, args=kto_config(tmp_path, loss_type), train_dataset=labelled(1, 1))
     trainer.create_model_card(model_name="tiny")
     card = Path(tmp_path, "README.md").read_text(encoding="utf-8")
     assert title in card and f"https://huggingface.co/papers/{paper}" in card
@@ -167,7 +159,7 @@ def test_model_card_names_the_method(tmp_path, qwen2, loss_type, paper, title):
 
 @EACH_LOSS
 def test_learns_what_distinguishes_the_classes(tmp_path, qwen2, loss_type):
-    args = config(tmp_path, loss_type, per_device_train_batch_size=16, max_steps=30, learning_rate=3e-3)
+    args = kto_config(tmp_path, loss_type, per_device_train_batch_size=16, max_steps=30, learning_rate=3e-3)
     trainer = KTOTrainer(qwen2, args=args, train_dataset=labelled(16, 48), eval_dataset=labelled(16, 16, seed=1))
     before = trainer.evaluate()
     trainer.train()
@@ -181,7 +173,7 @@ def test_learns_what_distinguishes_the_classes(tmp_path, qwen2, loss_type):
 @pytest.mark.filterwarnings("ignore:.*return_outputs=True:FutureWarning")
 def test_compute_metrics_gets_the_logits(tmp_path, loss_type):
     trainer = KTOTrainer(
-        args=config(tmp_path, loss_type),
+        args=kto_config(tmp_path, loss_type),
         train_dataset=labelled(4, 4),
         eval_dataset=labelled(3, 3, seed=1),
         compute_metrics=lambda prediction: {"shape": list(prediction.predictions.shape)},
