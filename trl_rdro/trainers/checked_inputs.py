@@ -17,15 +17,17 @@ class CheckedInputs(Host):
     _column_names: tuple[str, ...]  # and all that they read
     _training_set_is_prepared = False
 
-    def _check_model(self, model: Any, args: Any, processing_class: Any) -> None:
-        """Refuse what is not a causal language model with its tokenizer. Raises `ValueError` with one sentence."""
+    def _check_model(self, model: Any, args: Any, processing_class: Any) -> Any:
+        """Refuse what is not a causal language model with its tokenizer, and return its config. Raises `ValueError`
+        with one sentence."""
         self._has_own_tokenizer = processing_class is None
         if isinstance(model, str):
             options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             files = check_model(model, options.get("revision"), options["trust_remote_code"], processing_class)
             self._embeddings = files.embeddings
-        else:
-            self._embeddings = check_model_object(model, processing_class)
+            return files.config
+        self._embeddings = check_model_object(model, processing_class)
+        return getattr(model, "config", None)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # TRL prepares the training set first, and calls an evaluation set of the name "train" the same

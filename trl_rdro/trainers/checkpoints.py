@@ -15,7 +15,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..compat import trl as trl_compat
 from ..errors import UserError
 from ..log import get_logger
-from ..run.completeness import STATE, checkpoints, fault, how_to_go_on, sync, write_manifest
+from ..run.completeness import STATE, checkpoints, fault, how_to_go_on, last_complete_checkpoint, sync, write_manifest
 from ..run.disk import DiskFull, full_disk_said
 from ..run.files import write_json
 from ..run.lock import only_run_in
@@ -27,12 +27,12 @@ from .hosts import Host
 logger = get_logger(__name__)
 
 
-def non_finite_parameters(model: torch.nn.Module) -> list[str]:
-    """The names of the trained parameters with an entry that is infinite or not a number, in this process's share of
-    them. One synchronisation with the device."""
+def non_finite_parameters(model: torch.nn.Module, trained_only: bool = True) -> list[str]:
+    """The names of the parameters with an entry that is infinite or not a number, in this process's share of them. One
+    synchronisation with the device."""
     names, flags = [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or not trained_only:
             names.append(name)
             flags.append(trl_compat.local_part(parameter).detach().isfinite().all())
     if not flags:
@@ -97,8 +97,9 @@ class Checkpoints(Host):
                     "or True for the last complete one."
                 )
             return str(wanted)
-        faults = {str(checkpoint): fault(checkpoint) for checkpoint in checkpoints(args.output_dir)}
-        everywhere = gather_object([faults]) if args.world_size > 1 else [faults]
+        if args.world_size == 1:
+            return last_complete_checkpoint(args.output_dir, warn)
+        everywhere = gather_object([{str(path): fault(path) for path in checkpoints(args.output_dir)}])
         for checkpoint in everywhere[0]:
             reasons = [each.get(checkpoint, "another process does not see it") for each in everywhere]
             if not any(reasons):

@@ -101,8 +101,8 @@ class DPOTrainer(
                 f"The column `weight` cannot be combined with `{sorting.pop()}`, which sorts the pairs of a batch, so "
                 "that a weight belongs to no pair. Remove the column, or use another loss."
             )
-        self._check_model(model, args, processing_class)
-        refuse_before_loading(model, args, example, kwargs.get("peft_config"))
+        config = self._check_model(model, args, processing_class)
+        refuse_before_loading(config, args, example, kwargs.get("peft_config"))
         self._ours = ours
         describe_in_model_card(self, ours)
         with trl_compat.padding_free_is_ours() if is_asked_for(args) else nullcontext():

@@ -90,8 +90,8 @@ class KTOTrainer(Columns, PackedRows, Throughput, Safeguards, CheckedInputs, trl
                 )
             self.preferred_fraction = 0.5  # pairs
             require_cap_above_start_of(args, self.preferred_fraction)
-        self._check_model(model, args, processing_class)
-        refuse_before_loading(model, args, example, kwargs.get("peft_config"))
+        config = self._check_model(model, args, processing_class)
+        refuse_before_loading(config, args, example, kwargs.get("peft_config"))
         describe_in_model_card(self, ours)
         self._ours = ours
         self._evaluated_fraction = self.preferred_fraction

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..compat import engines
 from ..compat import trl as trl_compat
@@ -33,8 +33,8 @@ def is_asked_for(args: Any) -> bool:
     return isinstance(args, PackingConfig) and args.padding_free
 
 
-def refuse_before_loading(model: Any, args: Any, example: dict[str, Any], peft_config: Any) -> None:
-    """Refuse, before the model is loaded, what can be known of it then.
+def refuse_before_loading(config: Any, args: Any, example: dict[str, Any], peft_config: Any) -> None:
+    """Refuse, before the model is loaded, what can be known of it then, from its config.
 
     Raises:
         `ValueError`: if `padding_free` is set for something that cannot be packed.
@@ -48,10 +48,7 @@ def refuse_before_loading(model: Any, args: Any, example: dict[str, Any], peft_c
             f"`padding_free=True` cannot be used with {peft_config.peft_type} adapters: they put virtual tokens "
             "before each row of the padded batch. Set `padding_free=False`."
         )
-    if isinstance(model, str):
-        checks.refuse_config(AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code))
-    else:
-        checks.refuse_config(model.config)
+    checks.refuse_config(config)
 
 
 class PackedRows(Host):

@@ -11,7 +11,7 @@ from datasets import Dataset
 from ..compat import engines
 from ..compat import trl as trl_compat
 from ..log import get_logger
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, non_finite_parameters
 from .guard_rails import GuardRails
 from .noise import NoiseState
 from .start import distance_from_reference, first_step_sentence, require_trainable, share_that_cannot_move
@@ -131,8 +131,7 @@ class Safeguards(Checkpoints):
 
     def _why_not_finite(self, samples: str = "") -> str:
         """What to look at: the parameters, where they are not finite themselves."""
-        bad = [name for name, p in self.model.named_parameters() if not trl_compat.local_part(p).isfinite().all()]
-        if bad:
+        if bad := non_finite_parameters(self.model, trained_only=False):
             origin = f"the checkpoint {self._resumed_from}" if self._resumed_from else "the model as it was loaded"
             return (
                 f"{samples}{len(bad)} of the model's parameters are not finite themselves, {bad[0]} first. The run "
