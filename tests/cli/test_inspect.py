@@ -157,6 +157,23 @@ def test_limit_and_streaming(inspect):
     assert "the first 4\n" in printed and "Pairs: 4" in printed
 
 
+def test_columns_that_the_loss_reads_are_shown(inspect):
+    rows = [{**row, "weight": float(i), "group": f"g{i % 3}", "annotator": i} for i, row in enumerate(PAIRS)]
+    printed = inspect(rows, loss_type="grdpo", inner_loss_type="repo")
+    assert "weight: mean 4.5, min 0, 5 % 0, 50 % 5, 95 % 9, max 9, 1 are 0\n" in printed
+    assert "group: 3 in all: g0 4 (40.0%), g1 3 (30.0%), g2 3 (30.0%)\n" in printed
+    assert "annotator: 10 in all: 0 1 (10.0%), 1 1 (10.0%), " in printed
+    soft = [{**row, "preference_probability": 0.5 + i / 20} for i, row in enumerate(PAIRS)]
+    assert "preference_probability: mean 0.725, min 0.5," in inspect(soft, loss_type="dpopro")
+    plain = inspect(rows)  # rdro has no groups
+    assert "weight: mean" in plain and "group:" not in plain
+
+
+def test_columns_that_the_loss_needs_are_asked_for(inspect):
+    assert "lacks the column preference_probability" in inspect(PAIRS, loss_type="gdpo")
+    assert "`weight` must be a finite number of at least 0" in inspect([{**row, "weight": -1.0} for row in PAIRS])
+
+
 def test_another_split(inspect, tmp_path):
     rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in PAIRS]
     (tmp_path / "data").mkdir()

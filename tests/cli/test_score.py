@@ -229,6 +229,13 @@ def test_conversations_limit_and_table(score, models):
     assert lines[-2].startswith("topic = even") and lines[-1].startswith("topic = odd")
 
 
+def test_groups_of_the_data_are_shown_without_asking(score, models):
+    rows = [{**row, "group": row["topic"]} for row in ROWS]
+    result = score(rows, "--model", models["policy"])
+    assert result["groups"]["group"].keys() == {"even", "odd"} and "group = even" in result["printed"]
+    assert list(score(rows, "--model", models["policy"], "--group", "judge")["groups"]) == ["judge"]
+
+
 def test_split_of_a_directory(score, models, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     for split, rows in (("train", ROWS), ("test", ROWS[:2])):

@@ -103,16 +103,22 @@ def main(argv: list[str]) -> int:
 
     from ..checks.datasets import check_dataset
     from ..compat.trl import prepare_dataset
+    from ..losses.types import column_names, in_use
     from ..tools.inspection import Painter, inspect_rows, report_lines, row_lines
     from ..tools.loading import load_processing_class, require_text
+    from ..trainers.columns import needed_columns
 
     dataset, total = load(options, next(iter(possible.values())))
     why = "its options" if method is not None and argv[:1] != [method] else ""
     if method is None:
         method, why = choose_method(dataset), "the columns of the data"
     script_args, args, model_args, _ = possible[method]
+    split = options.split or script_args.dataset_train_split
+    loss_types = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    losses = in_use(loss_types, getattr(args, "inner_loss_type", None))
+    read = column_names(losses)
     with user_error(ValueError):
-        check_dataset(dataset, options.split or script_args.dataset_train_split, method, tokenised=False)
+        check_dataset(dataset, split, method, needed_columns(losses, args), read, tokenised=False)
     example = dataset[0]
     require_text(example, "inspect")
 
@@ -131,7 +137,6 @@ def main(argv: list[str]) -> int:
 
     paint = Painter(options.color or sys.stdout.isatty())
     looked_at = "" if len(dataset) == total else f", the first {len(dataset)}" + (f" of {total}" if total else "")
-    split = options.split or script_args.dataset_train_split
     print(f"Method:    {method}" + (f" (seen from {why}; `trl-rdro inspect dpo|kto` sets it)" if why else ""))
     print(f"Data:      {script_args.dataset_name or 'datasets'}, split {split}{looked_at}")
     print(f"Tokenizer: {name}, BOS {tokenizer.bos_token}, EOS {tokenizer.eos_token}")
@@ -139,7 +144,7 @@ def main(argv: list[str]) -> int:
     print(f"\nRow {options.row} of {len(prepared)}: {paint('prompt', 'prompt')}, {paint('completion', 'completion')}")
     print("\n".join(row_lines(method, collator, prepared[options.row], tokenizer, paint)))
     print()
-    print("\n".join(report_lines(inspect_rows(method, prepared, rows_before, args, tokenizer), paint)))
+    print("\n".join(report_lines(inspect_rows(method, prepared, rows_before, args, tokenizer, read), paint)))
     return 0
 
 

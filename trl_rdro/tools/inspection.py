@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .column_figures import column_lines, percentile
+
 
 COLOURS = {"prompt": "36", "completion": "32", "cut off": "9;31", "special": "1;33", "warning": "1;31"}
 NAMES = {"dpo": ("chosen", "rejected"), "kto": ("completion",)}
@@ -181,6 +183,7 @@ class Inspection:
         longest: tokens of each row's prompt and longer completion together.
         max_length, truncation_mode: of the training arguments.
         findings: what looks wrong, and the rows it is seen in.
+        columns: the values of the columns beside the texts that the losses read.
     """
 
     method: str
@@ -192,6 +195,7 @@ class Inspection:
     max_length: int | None
     truncation_mode: str
     findings: dict[str, list[int]]
+    columns: dict[str, list[Any]]
 
     @property
     def truncated(self) -> list[int]:
@@ -205,7 +209,9 @@ class Inspection:
         return 0 if self.max_length is None else self.rows_before - self.rows
 
 
-def inspect_rows(method: str, prepared: Any, rows_before: int, args: Any, tokenizer: Any) -> Inspection:
+def inspect_rows(
+    method: str, prepared: Any, rows_before: int, args: Any, tokenizer: Any, read: tuple[str, ...] = ()
+) -> Inspection:
     """
     Look at all rows.
 
@@ -215,6 +221,7 @@ def inspect_rows(method: str, prepared: Any, rows_before: int, args: Any, tokeni
         rows_before: how many rows it had before.
         args: the training arguments, of which `max_length` and `truncation_mode` are read.
         tokenizer: what it was prepared with.
+        read: the columns beside the texts that the losses read, each of which the data need not have.
     """
     from tqdm.auto import tqdm
 
@@ -238,6 +245,7 @@ def inspect_rows(method: str, prepared: Any, rows_before: int, args: Any, tokeni
         args.max_length,
         getattr(args, "truncation_mode", "keep_start"),
         findings.rows,
+        {name: prepared.with_format(None)[name][:] for name in read if name in prepared.column_names},
     )
     if result.truncated:
         keeps_start = result.truncation_mode == "keep_start"
@@ -245,10 +253,6 @@ def inspect_rows(method: str, prepared: Any, rows_before: int, args: Any, tokeni
         first = {f"TRUNCATED: longer than max_length, {lost} cut off": result.truncated}
         result.findings = first | result.findings
     return result
-
-
-def percentile(ordered: list[int], q: float) -> int:
-    return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
 
 
 def length_table(lengths: dict[str, list[int]]) -> Iterator[str]:
@@ -276,6 +280,7 @@ def report_lines(inspection: Inspection, paint: Painter = PLAIN) -> Iterator[str
         cut = share(len(inspection.truncated), total)
         limit = f"max_length {inspection.max_length} ({inspection.truncation_mode})"
         yield f"{limit}: {cut} truncated, {share(dropped, before)} dropped"
+    yield from column_lines(inspection.columns)
     warning = paint("! ", "warning")
     for sentence, rows in inspection.findings.items():
         yield f"{warning}{sentence}: {len(rows)} of {total} rows, e.g. --row {rows[0]}"
