@@ -16,6 +16,8 @@ from .tables import aligned
 
 
 MAX_LISTED = 40  # values of a group column in the printed table
+SETTINGS = "run_settings.json"  # of a run, in its output directory
+DEFAULT_BETA = 0.1  # TRL's
 
 
 def make_parser() -> Parser:
@@ -38,7 +40,10 @@ def make_parser() -> Parser:
     parser.add_argument("--dataset_config", metavar="NAME", help="the configuration of a hub data set")
     parser.add_argument("--split", help="default: test, or the only one there is")
     parser.add_argument(
-        "--group", nargs="+", default=[], metavar="COLUMN", help="also report each value of these columns"
+        "--group",
+        nargs="+",
+        metavar="COLUMN",
+        help="also report each value of these columns (default: `group`, where the data have it)",
     )
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="rows per forward pass (default: 8)")
     parser.add_argument(
@@ -56,13 +61,30 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a hub model")
     parser.add_argument("--output", metavar="FILE", help="also write everything, each row's scores included, as JSON")
+    suspects = parser.add_argument_group("wrong labels (pairs)")
+    suspects.add_argument(
+        "--suspects",
+        type=int,
+        metavar="N",
+        help="estimate the share of flipped labels, and write the N pairs whose labels are most likely wrong",
+    )
+    suspects.add_argument(
+        "--suspects_file", default="suspects.jsonl", metavar="FILE", help="where to (default: %(default)s)"
+    )
+    suspects.add_argument(
+        "--beta",
+        type=float,
+        metavar="B",
+        help=f"of the training (default: what the run's {SETTINGS} says, else {DEFAULT_BETA})",
+    )
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    for name, least in (("batch_size", 1), ("max_length", 0), ("limit", 1)):
+    for name, least in (("batch_size", 1), ("max_length", 0), ("limit", 1), ("suspects", 1), ("beta", 1e-9)):
         require_between(f"--{name}", getattr(args, name), least)
     require_directory_of(args.output)
+    require_directory_of(args.suspects_file if args.suspects else None)
 
 
 def load_rows(args: argparse.Namespace) -> tuple[Any, str]:
@@ -81,6 +103,8 @@ def load_rows(args: argparse.Namespace) -> tuple[Any, str]:
     with user_error(ValueError):
         check_dataset(dataset, split, "dpo" if paired else "kto", tokenised=False)
     require_text(columns, "score")
+    if args.group is None:
+        args.group = ["group"] if "group" in columns else []
     if missing := [column for column in args.group if column not in columns]:
         raise UserError(f"the dataset has no column {missing[0]} to group by, only: {', '.join(dataset.column_names)}")
     return dataset, split
@@ -132,6 +156,46 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join([*head, "", *table(result)])
 
 
+def beta_of(args: argparse.Namespace) -> float:
+    """The beta of the training, from the command line or the run."""
+    path = Path(args.model) / SETTINGS
+    if args.beta is None and path.is_file():
+        with user_error(OSError, ValueError, prefix=f"{path} cannot be read (give --beta): "):
+            return float(json.loads(path.read_text()).get("beta", DEFAULT_BETA))
+    return DEFAULT_BETA if args.beta is None else args.beta
+
+
+def find_suspects(args: argparse.Namespace, dataset: Any, scored: dict[str, Any]) -> dict[str, Any]:
+    """Write the most suspect pairs, and return what is said of all labels. Adds `label_right` to each row's scores."""
+    from ..run.files import write_rows
+    from ..tools.suspects import judge_labels, most_suspect
+
+    if scored["format"] != "pairs" or scored["reference"] is None:
+        what = "pairs" if scored["format"] != "pairs" else "log-ratios to a reference model (--ref)"
+        raise UserError(f"--suspects needs {what}, got {scored['format']} with scores that are {scored['score']}s")
+    labels = judge_labels(dataset, scored["scores"], beta_of(args))
+    with user_error(OSError):
+        write_rows(Path(args.suspects_file), most_suspect(dataset, scored["scores"], labels, args.suspects))
+    for row, posterior in zip(scored["scores"], labels.pop("posteriors"), strict=True):
+        row["label_right"] = posterior
+    del labels["weights"]
+    return {**labels, "file": args.suspects_file}
+
+
+def label_lines(labels: dict[str, Any]) -> list[str]:
+    """What is said of the labels, in lines of text."""
+    lines = [
+        f"Flipped labels, as this model sees them at beta {labels['beta']:g}: {cell(labels['flipped'], 3)} of all "
+        f"(by moments {cell(labels['flipped_by_moments'], 3)})"
+    ]
+    annotators = sorted(labels["annotators"].items(), key=lambda item: -item[1]["n"])[:MAX_LISTED]
+    if annotators:
+        lines += aligned(
+            [["annotator", "pairs", "flipped"], *([k, str(v["n"]), cell(v, 3)] for k, v in annotators)], True
+        )
+    return [*lines, f"The most suspect pairs: {labels['file']}"]
+
+
 def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     check(args)
@@ -150,7 +214,11 @@ def main(argv: list[str]) -> int:
         trust_remote_code=args.trust_remote_code,
     )
     result = {"dataset": args.dataset, "split": split, **scored}
+    if args.suspects:
+        result["labels"] = find_suspects(args, dataset, scored)
     print(report(result))
+    if args.suspects:
+        print("\n".join(["", *label_lines(result["labels"])]))
     if args.output is not None:
         with user_error(OSError):
             Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
