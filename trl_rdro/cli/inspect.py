@@ -95,18 +95,29 @@ def choose_method(dataset: Any) -> str:
     return "kto" if {"completion", "label"} <= set(dataset.column_names) else "dpo"
 
 
+def check_rows(dataset: Any, split: str, method: str, args: Any) -> tuple[str, ...]:
+    """The columns beside the texts that the losses in `args` read; a `UserError` where the data cannot be trained on."""
+    from ..checks.datasets import check_dataset
+    from ..losses.types import column_names, in_use
+    from ..trainers.columns import needed_columns
+
+    loss_types = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    losses = in_use(loss_types, getattr(args, "inner_loss_type", None))
+    read = column_names(losses)
+    with user_error(ValueError):
+        check_dataset(dataset, split, method, needed_columns(losses, args), read, tokenised=False)
+    return read
+
+
 def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         make_parser().print_help()
         return 0
     options, method, possible = parse(argv)
 
-    from ..checks.datasets import check_dataset
     from ..compat.trl import prepare_dataset
-    from ..losses.types import column_names, in_use
     from ..tools.inspection import Painter, inspect_rows, report_lines, row_lines
     from ..tools.loading import load_processing_class, require_text
-    from ..trainers.columns import needed_columns
 
     dataset, total = load(options, next(iter(possible.values())))
     why = "its options" if method is not None and argv[:1] != [method] else ""
@@ -114,11 +125,7 @@ def main(argv: list[str]) -> int:
         method, why = choose_method(dataset), "the columns of the data"
     script_args, args, model_args, _ = possible[method]
     split = options.split or script_args.dataset_train_split
-    loss_types = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
-    losses = in_use(loss_types, getattr(args, "inner_loss_type", None))
-    read = column_names(losses)
-    with user_error(ValueError):
-        check_dataset(dataset, split, method, needed_columns(losses, args), read, tokenised=False)
+    read = check_rows(dataset, split, method, args)
     example = dataset[0]
     require_text(example, "inspect")
 
