@@ -53,7 +53,7 @@ def test_the_share_is_right_within_its_error(flips):
 def test_the_likelihood_is_at_its_maximum():
     scores, _ = drawn(300, 0.2)
     u = BETA * torch.tensor([row["chosen"] for row in scores], dtype=torch.float64)
-    eta = reliability(u)["mean"]
+    eta, _ = reliability(u)
 
     def likelihood(value):
         return sum(math.log(value * s + (1 - value) * (1 - s)) for s in torch.sigmoid(u).tolist())

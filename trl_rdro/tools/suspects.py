@@ -28,14 +28,14 @@ OTHERS = "(others)"
 Figure = dict[str, float | None]
 
 
-def reliability(u: torch.Tensor) -> Figure:
+def reliability(u: torch.Tensor) -> tuple[float, float | None]:
     """eta, the share of right labels, by maximum likelihood.
 
     Args:
         u: `(n,)` beta h of each pair, float64.
 
     Returns:
-        "mean" and "standard_error", the latter from the observed information, None where the pairs say nothing.
+        eta, and its standard error from the observed information, None where the pairs say nothing.
     """
     s = torch.sigmoid(u)
 
@@ -47,7 +47,7 @@ def reliability(u: torch.Tensor) -> Figure:
         eta = (low + high) / 2
         low, high = (eta, high) if slope(eta).sum() > 0 else (low, eta)
     information = slope(eta).square().sum().item()
-    return {"mean": eta, "standard_error": 1 / math.sqrt(information) if information > 0 else None}
+    return eta, 1 / math.sqrt(information) if information > 0 else None
 
 
 def flipped_by_moments(u: torch.Tensor, gamma: float = GAMMA) -> Figure:
@@ -93,9 +93,9 @@ def judge_labels(dataset: Dataset, scores: list[dict[str, Any]], beta: float) ->
     posteriors, annotators = torch.empty_like(u), {}
     for name in dict.fromkeys(names):
         members = torch.tensor([other == name for other in names])
-        eta = reliability(u[members])
-        posteriors[members] = repo_posterior(chosen[members], rejected[members], eta["mean"], beta)
-        annotators[name] = {"n": int(members.sum()), "mean": 1 - eta["mean"], "standard_error": eta["standard_error"]}
+        eta, error = reliability(u[members])
+        posteriors[members] = repo_posterior(chosen[members], rejected[members], eta, beta)
+        annotators[name] = {"n": int(members.sum()), "mean": 1 - eta, "standard_error": error}
     return {
         "beta": beta,
         "flipped": _pooled(list(annotators.values())),
