@@ -184,6 +184,10 @@ def test_a_begun_run_is_refused_with_any_other_setting(model, tmp_path, caplog):
     another = save_tiny(tmp_path / "another", seed=1)
     with pytest.raises(ValueError, match="was begun with `model` 'qwen2 "):
         make_loop(another, tmp_path, reference_mix=1.0)
+    rejecting = {"reference_mix": 1.0, "pair_selection": "rejection"}
+    files.write_json(tmp_path / "settings.json", make_loop(model, tmp_path / "other", **rejecting).settings)
+    with pytest.raises(ValueError, match=r"was begun with `rejection_beta` 0.5 \(now 1.0\)"):
+        make_loop(model, tmp_path, **rejecting, rejection_beta=1.0)
     files.write_json(tmp_path / "settings.json", {**settings, "processes": 2})
     with pytest.raises(ValueError, match=r"was begun with `processes` 2 \(now 1\)"):
         make_loop(model, tmp_path, reference_mix=1.0)

@@ -96,7 +96,7 @@ def choose_method(dataset: Any) -> str:
 
 
 def check_rows(dataset: Any, split: str, method: str, args: Any) -> tuple[str, ...]:
-    """The columns beside the texts that the losses in `args` read; a `UserError` for data that cannot be trained on."""
+    """The columns beside the texts that the losses in `args` read. A `UserError` for data that cannot be used."""
     from ..checks.datasets import check_dataset
     from ..losses.types import column_names, in_use
     from ..trainers.columns import needed_columns

@@ -1,7 +1,7 @@
 """What `trl-rdro iterate` adds to the training options."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..configs.validation import Range, validate_fields
@@ -11,14 +11,23 @@ from .stability import loss_strength
 
 
 METHODS = ("dpo", "kto")
-SELECTIONS = ("best_vs_worst", "random", "rejection")
+# The ways to choose pairs, with the options of each
+SELECTIONS: dict[str, tuple[str, ...]] = {
+    "best_vs_worst": (),
+    "random": (),
+    "rejection": ("rejection_accepted", "rejection_beta"),
+    "threshold": ("threshold_eta", "threshold_tau"),
+}
 DEFAULT_REFERENCE_MIX = 0.25
 RANGES = {
     **dict.fromkeys(("rounds", "max_completion_length", "prompts_per_chunk", "monitor_prompts"), Range("[1, inf)")),
     **dict.fromkeys(("prompts_per_round", "keep_rounds"), Range("[1, inf)", "Leave it None for all.")),
     **dict.fromkeys(("samples_per_prompt", "monitor_samples"), Range("[2, inf)")),
     **dict.fromkeys(("reference_mix", "sampling_mix"), Range("[0, 1]")),
-    "reward_gap": Range("[0, inf)", "It is used with `pair_selection='rejection'` only."),
+    "rejection_accepted": Range("[2, inf)", "They make pairs."),
+    "rejection_beta": Range("[1e-6, 1e6]", "Large values accept everything."),
+    "threshold_eta": Range("[0.5, 1)", "0.5 takes every pair of unequal rewards."),
+    "threshold_tau": Range("[1e-6, 1e6]"),
     "temperature": Range("[1e-6, 1e6]"),
     "top_p": Range("[1e-6, 1]"),
     "top_k": Range("[0, inf)"),
@@ -47,9 +56,13 @@ class IterateConfig:
         samples_per_prompt (`int`, defaults to `4`): completions for each prompt and round.
         prompts_per_round (`int`, *optional*): a round takes so many prompts, the next round the next ones. If `None`,
             all.
-        pair_selection (`str`, defaults to `"best_vs_worst"`): also `"random"` (disjoint random pairs) or `"rejection"`
-            (every pair whose rewards differ by more than `reward_gap`).
-        reward_gap (`float`, defaults to `0.0`): see `pair_selection`.
+        pair_selection (`str`, defaults to `"best_vs_worst"`): also `"random"` (disjoint random pairs), `"rejection"`
+            (such pairs of those completions that rejection sampling leaves, as in RSO) or `"threshold"` (every pair
+            of clearly different rewards, as in RS-DPO).
+        rejection_accepted (`int`, defaults to `2`): completions that are left of the `samples_per_prompt` candidates.
+        rejection_beta (`float`, defaults to `0.5`): a candidate is accepted with probability exp((r - r_max)/beta).
+        threshold_eta (`float`, defaults to `0.8`): a pair is taken where sigma((r_i - r_j)/tau) >= eta.
+        threshold_tau (`float`, defaults to `1.0`): tau there.
         reward_funcs (`list[str]`, *optional*): dotted paths of reward functions with TRL's signature.
         reward_weights (`list[float]`, *optional*): their weights. If `None`, 1 each.
         preference_func (`str`, *optional*): dotted path of `f(prompts, first, second, **columns) -> list[float]`, the
@@ -94,11 +107,20 @@ class IterateConfig:
     pair_selection: str = field(
         default="best_vs_worst",
         metadata={
-            **_help("`best_vs_worst`, `random`, or `rejection` (all pairs whose rewards differ by `reward_gap`)."),
+            **_help("`best_vs_worst`, `random`, `rejection` (RSO) or `threshold` (RS-DPO)."),
             "choices": list(SELECTIONS),
         },
     )
-    reward_gap: float = field(default=0.0, metadata=_help("For `pair_selection=rejection`: the gap to exceed."))
+    rejection_accepted: int = field(
+        default=2, metadata=_help("For `pair_selection=rejection`: completions left of the candidates.")
+    )
+    rejection_beta: float = field(
+        default=0.5, metadata=_help("For `pair_selection=rejection`: acceptance is exp((r - r_max)/beta).")
+    )
+    threshold_eta: float = field(
+        default=0.8, metadata=_help("For `pair_selection=threshold`: pairs with sigma((r_i - r_j)/tau) >= eta.")
+    )
+    threshold_tau: float = field(default=1.0, metadata=_help("For `pair_selection=threshold`: tau."))
     reward_funcs: list[str] | None = field(
         default=None, metadata=_help("Dotted paths of reward functions with TRL's signature.")
     )
@@ -142,14 +164,26 @@ class IterateConfig:
 
     def __post_init__(self):
         validate_fields(self, RANGES)
-        if self.reward_gap and self.pair_selection != "rejection":
-            raise ValueError(
-                f"`reward_gap={self.reward_gap}` has no effect with `pair_selection={self.pair_selection!r}`. Set it "
-                "to 0 or use `pair_selection='rejection'`."
-            )
+        self._validate_selection()
         self._validate_judge()
         if self.use_vllm and importlib.util.find_spec("vllm") is None:
             raise ValueError("`use_vllm=True` needs vLLM: `pip install vllm`, or set `use_vllm=False`.")
+
+    def _validate_selection(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for selection, options in SELECTIONS.items():
+            for name in options:
+                value = getattr(self, name)
+                if selection != self.pair_selection and value != defaults[name]:
+                    raise ValueError(
+                        f"`{name}={value}` has no effect with `pair_selection={self.pair_selection!r}`. Leave it at "
+                        f"{defaults[name]} or use `pair_selection={selection!r}`."
+                    )
+        if self.pair_selection == "rejection" and self.rejection_accepted >= self.samples_per_prompt:
+            raise ValueError(
+                f"`rejection_accepted` must be less than `samples_per_prompt` ({self.samples_per_prompt}), got "
+                f"{self.rejection_accepted}: no candidate would be rejected."
+            )
 
     def _validate_judge(self) -> None:
         given = [name for name in ("reward_funcs", "preference_func", "labelled_file") if getattr(self, name)]

@@ -27,7 +27,7 @@ def judge_round(
     if not rows:
         raise UserError(
             f"Round {number + 1}: the judge tells no two completions of a prompt apart, so there is nothing to train "
-            "on. Look at judged.jsonl; raise `samples_per_prompt`, or lower `reward_gap`."
+            "on. Look at judged.jsonl; raise `samples_per_prompt`, or lower `threshold_eta`."
         )
     write_rows(folder / "train.jsonl", rows)
 

@@ -1,6 +1,7 @@
 """From the completions of a prompt and what the judge says of them to pairs of a better and a worse one."""
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,16 +67,43 @@ def select_pairs(judged: Judged, config: IterateConfig, gives_rewards: bool, see
         order = sorted(range(len(scores)), key=scores.__getitem__)
         best, worst = order[-1], order[0]
         return [(best, worst)] if scores[best] > scores[worst] else []
-    if config.pair_selection == "rejection":
+    if config.pair_selection == "threshold":
+        gap = config.threshold_tau * math.log(config.threshold_eta / (1 - config.threshold_eta))
         pairs = itertools.permutations(range(len(scores)), 2)
-        return [(i, j) for i, j in pairs if scores[i] - scores[j] > config.reward_gap]
-    return _random_pairs(judged, gives_rewards, random.Random(seed))
-
-
-def _random_pairs(judged: Judged, gives_rewards: bool, rng: random.Random) -> list[tuple[int, int]]:
-    """Disjoint pairs; the winner is drawn with the judge's probability, as a judge of one mind at a time would say."""
-    order = list(range(len(judged.response)))
+        return [(i, j) for i, j in pairs if scores[i] > scores[j] and scores[i] - scores[j] >= gap]
+    rng, order = random.Random(seed), list(range(len(scores)))
     rng.shuffle(order)
+    if config.pair_selection == "rejection":
+        order = accepted(order, scores, config.rejection_accepted, config.rejection_beta, rng)
+    return _random_pairs(judged, gives_rewards, order, rng)
+
+
+def accepted(
+    candidates: Sequence[int], rewards: Sequence[float], number: int, beta: float, rng: random.Random
+) -> list[int]:
+    """Rejection sampling as in RSO (https://huggingface.co/papers/2309.06657): of candidates from a distribution p
+    to draws from p exp(r / beta), normalised.
+
+    A candidate is accepted with probability exp((r - r_max) / beta), one after another until `number` are. r_max is
+    the largest reward of those that are left; who was not accepted gets another chance once all have had theirs.
+
+    Args:
+        candidates: indices into `rewards`, in random order, at least `number`.
+    """
+    left, result = list(candidates), []
+    while len(result) < number:
+        largest = max(rewards[i] for i in left)
+        for i in left.copy():
+            if len(result) < number and rng.random() < math.exp((rewards[i] - largest) / beta):
+                result.append(i)
+                left.remove(i)
+    return result
+
+
+def _random_pairs(
+    judged: Judged, gives_rewards: bool, order: Sequence[int], rng: random.Random
+) -> list[tuple[int, int]]:
+    """Disjoint pairs; the winner is drawn with the judge's probability, as a judge of one mind at a time would say."""
     pairs = []
     for i, j in zip(order[::2], order[1::2], strict=False):
         first, second = judged.response[i], judged.response[j]
