@@ -16,7 +16,7 @@ from ..tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "studies"
-NAMES = ["consistency", "stability", "reward_shift", "people_shift", "label_noise", "displacement"]
+NAMES = ["consistency", "stability", "reward_shift", "people_shift", "comparison", "displacement"]
 
 
 def run(name, folder, *options):
@@ -92,27 +92,61 @@ def test_displacement_sft_raises_what_it_trains_on(tmp_path):
     assert rows["sft"]["chosen"] > 0.1
 
 
-@pytest.mark.slow
-def test_label_noise_flips_labels(tmp_path):
-    rows = run("label_noise", tmp_path / "out", "--model", save_tiny(tmp_path, kind="llama"))
-    assert all(0 < row["wrong_labels"] < 0.9 for row in rows)
-    assert len({row["wrong_labels"] for row in rows}) == 1  # the same labels for each method
+def test_comparison_tunes_once_and_beats_chance(tmp_path, monkeypatch):
+    rows = run("comparison", tmp_path)
+    assert all(row["accuracy"] > 0.6 for row in rows)
+    tried = (tmp_path / "tuning.jsonl").read_text().splitlines()
+    assert len(tried) == 2 * len(rows)
+    comparison = import_module("comparison")
+    monkeypatch.setattr(comparison, "trained", None)  # nothing is trained for what is known
+    assert comparison.tuned(rows[0], tmp_path) == (rows[0]["rate"], rows[0]["beta"])
 
 
-def test_a_wrong_label_is_one_that_the_mean_contradicts():
-    is_wrong = import_module("label_noise").is_wrong
+@pytest.mark.parametrize("data", ["language", "ratings"])
+def test_a_finite_policy_is_normalised_and_learns(data):
+    finite_policies = import_module("finite_policies")
+    task = finite_policies.TASKS[data]()
+    pairs = task.flipped(320, 0.0, seed=0)
+    assert task.accuracy(torch.zeros(task.features.shape[1])) == 0.5
+    theta = finite_policies.train(task, pairs, "sigmoid", steps=40, rate=0.1, beta=0.3, seed=0)
+    assert task.accuracy(theta) > 0.6 and task.accuracy(theta, pairs) > 0.8
+    policy = (task.log_reference + task.logratios(theta)).exp()
+    for prompt in task.prompts.unique():
+        assert policy[task.prompts == prompt].sum() == pytest.approx(1, abs=1e-4)
+    wrong = (task.flipped(640, 0.25, seed=0) != task.flipped(640, 0.0, seed=0)).any(dim=1)
+    assert wrong.float().mean() == pytest.approx(0.25, abs=4 * (0.19 / 640) ** 0.5)
+
+
+def test_t_test_and_holm_against_tabulated_values():
+    paired = import_module("paired")
+    # Student's t: 2.262 has 5 % outside with 9 degrees of freedom, 12.706 with 1, 4.781 has 0.1 % with 9
+    for t, freedom, outside in ((2.262157, 9, 0.05), (12.7062, 1, 0.05), (4.780913, 9, 0.001), (0.0, 4, 1.0)):
+        assert 2 * paired._tail(t, freedom) == pytest.approx(outside, rel=1e-4)
+    values = [1.0, 2.0, 3.0, 4.0]  # t = 2.5 / sqrt(5/12) = 3.873 with 3 degrees of freedom
+    assert paired.t_test(values) == pytest.approx(0.030466, rel=1e-3)
+    assert paired.t_test([0.0, 0.0]) == 1 and paired.t_test([0.1, 0.1]) == 0
+    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_comparison_prints_wins_and_defeats_alike():
+    comparison = import_module("comparison")
+    effects = {"dpo": 0.0, "repo": 0.1, "kldpo": -0.1, "ropo": 0.0}
     rng = random.Random(0)
-    agreed = {"chosen_ratings": [2, 3], "rejected_ratings": [-1, 0]}
-    split = {"chosen_ratings": [2, -2], "rejected_ratings": [0]}
-    tied = {"chosen_ratings": [1], "rejected_ratings": [1]}
-
-    def share(pair, noise):
-        return sum(is_wrong(pair, noise, rng) for _ in range(4000)) / 4000
-
-    assert share(agreed, "none") == share(split, "close, mean") == share(agreed, "close, rater") == 0
-    assert share(split, "close, rater") == pytest.approx(0.5, abs=0.04)
-    assert share(tied, "close, rater") == pytest.approx(0.5, abs=0.04)
-    assert share(agreed, "flip 0.3") == pytest.approx(0.3, abs=0.04)
+    rows = [
+        {
+            "data": "language",
+            "flips": 0.2,
+            "method": method,
+            "seed": seed,
+            "accuracy": 0.7 + effect + rng.gauss(0, 0.01),
+        }
+        for method, effect in effects.items()
+        for seed in range(10)
+    ]
+    text = comparison.table(rows)
+    assert "Better than dpo beyond chance: repo at 20%. Worse than dpo beyond chance: kldpo at 20%." in text
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert "\\*)" in lines["repo"] and "\\*)" in lines["kldpo"] and "\\*" not in lines["ropo"] + lines["dpo"]
 
 
 @pytest.mark.slow
@@ -130,23 +164,6 @@ def test_reward_shift_mixes_two_rewards_that_differ():
     gaps = torch.tensor([pair["gaps"] for pair in pairs])
     assert abs(torch.corrcoef(gaps.T)[0, 1]) < 0.15  # otherwise there would be no shift
     assert [module.mixed(pairs[0], a) for a in (0.0, 1.0)] == pairs[0]["gaps"][::-1]
-
-
-def test_rated_pairs_use_each_text_once_and_prefer_the_higher_mean():
-    rated_pairs, quickstart = import_module("rated_pairs"), import_module("build_quickstart_data")
-    rng = random.Random(0)
-    texts = {
-        domain.name: [
-            quickstart.RatedText(f"{domain.name} says that {i % 50}", mean, 1.0, (round(mean),) * 3)
-            for i, mean in enumerate(rng.uniform(-4, 4) for _ in range(60))
-        ]
-        for domain in rated_pairs.DOMAINS
-    }
-    pairs = rated_pairs.build(texts)
-    assert {pair["domain"] for pair in pairs} == set(texts)
-    assert all(pair["chosen_mean"] - pair["rejected_mean"] >= 0.5 for pair in pairs)
-    used = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
-    assert len(used) == len(set(used)) > 100
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
