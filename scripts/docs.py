@@ -123,10 +123,18 @@ def recipes_table() -> str:
 
 
 MODELS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA (NF4)"}
+# What a cell is beside its model and precision, as in its name
+VARIANTS = {"packed": "packed rows", "noise": "dropout"}
 ENGINES = {"single": "one process", "ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 # What is refused: instead of it, who refuses it, and words of the message
 REFUSED = [
     ("`wdpo` with FSDP1", "FSDP2", "trl_rdro", "does not run with FSDP1"),
+    (
+        "`wdpo` with dropout or NEFTune and reentrant checkpointing on an engine, as ZeRO-3 has it for adapters",
+        "no dropout, or no checkpointing",
+        "trl_rdro",
+        "makes two forwards for one backward where",
+    ),
     ("`wdpo` on image data", "text data, or another loss", "trl_rdro", "perturbs text embeddings and is not defined"),
     ("unpaired `ddro`, `rdro` on image data", "pairs", "trl_rdro", "is not implemented for unpaired image data"),
     (
@@ -182,6 +190,10 @@ def cells(test: str) -> list[tuple[str, str, list[str]]]:
     return [(match[1], match[2], match[3].split("-")) for match in found if match]
 
 
+def variant(rest: list[str]) -> str:
+    return next((name for name in VARIANTS if name in rest), "")
+
+
 def engines_table() -> str:
     """One row for each model, precision and set of options that its losses are tested with."""
     tested = cells("test_equals_single_process")
@@ -189,14 +201,14 @@ def engines_table() -> str:
     processes = json.loads((ENGINE_TESTS / "engines.json").read_text())["processes"]
     combinations: dict[tuple, set[str]] = {}
     for _, loss, rest in tested:
-        combinations.setdefault((loss, *rest[:2], "packed" in rest), set()).add("-".join(rest[2:]))
+        combinations.setdefault((loss, *rest[:2], variant(rest)), set()).add("-".join(rest[2:]))
     kinds = {key: (*key[1:], frozenset(options)) for key, options in combinations.items()}
     rows = []
     for kind in dict.fromkeys(kinds.values()):
         of_row = [
-            (engine, loss, rest) for engine, loss, rest in tested if kinds[(loss, *rest[:2], "packed" in rest)] == kind
+            (engine, loss, rest) for engine, loss, rest in tested if kinds[(loss, *rest[:2], variant(rest))] == kind
         ]
-        model, dtype, packed, _ = kind
+        model, dtype, of_kind, _ = kind
         by_engine = {engine: [cell[1:] for cell in of_row if cell[0] == engine] for engine in engines}
         all_cells = max(by_engine.values(), key=len)
         options = [rest[2:] for _, rest in all_cells]
@@ -205,12 +217,12 @@ def engines_table() -> str:
         reference += ["precomputed"] * any("precomputed" in option for option in options)
         rows.append(
             [
-                f"{MODELS[model]}, {dtype}" + ", packed rows" * packed,
+                f"{MODELS[model]}, {dtype}" + (f", {VARIANTS[of_kind]}" if of_kind else ""),
                 ", ".join(f"`{loss}`" for loss in dict.fromkeys(loss for loss, _ in all_cells)),
                 " and ".join(["off"] * (False in checkpointing) + ["on"] * (True in checkpointing)),
                 " and ".join(reference),
                 *("tested" if of_engine == all_cells else "in part" for of_engine in by_engine.values()),
-                f"`test_equals_single_process[*-{model}-{dtype}{'-*packed' if packed else '*'}]`",
+                f"`test_equals_single_process[*-{model}-{dtype}{f'-*{of_kind}' if of_kind else '*'}]`",
             ]
         )
     titles = [f"{title} ×{processes[engine]}" for engine, title in engines.items()]

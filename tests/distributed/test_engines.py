@@ -7,7 +7,7 @@ import pytest
 
 from trl_rdro.compat import engines
 
-from .matrix import CELLS, ENGINES, PACKED, SPLIT_ENGINES, Cell, require_equal, split_cells
+from .matrix import CELLS, ENGINES, PACKED, REFUSED, SPLIT_ENGINES, Cell, require_equal, split_cells
 
 
 pytestmark = pytest.mark.slow
@@ -15,8 +15,15 @@ pytestmark = pytest.mark.slow
 DISTRIBUTED = [engine for engine in ENGINES if engine != "single"]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-@pytest.mark.parametrize("engine", DISTRIBUTED)
+def runs(engines, cells):
+    """`(engine, cell)` of all that can be run."""
+    pairs = [(engine, cell) for engine in engines for cell in cells if (engine, cell) not in REFUSED]
+    return pytest.mark.parametrize(
+        ("engine", "cell"), [pytest.param(*pair, id=f"{pair[0]}-{pair[1].name}") for pair in pairs]
+    )
+
+
+@runs(DISTRIBUTED, CELLS)
 def test_equals_single_process(launches, engine, cell):
     require_equal(launches.result(engine, cell), launches.result("single", cell), cell)
 
@@ -57,12 +64,17 @@ def test_split_invariance(launches, engine, cell):
     require_equal(launches.result(engine, cell), launches.result("single", whole), cell)
 
 
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.loss == "wdpo"], ids=lambda cell: cell.name)
-@pytest.mark.parametrize("engine", ENGINES)
+@runs(ENGINES, [cell for cell in CELLS if cell.loss == "wdpo"])
 def test_central_difference(launches, engine, cell):
     """The slope that WDPO measures is the gradient's norm: also where an engine computes or returns bf16."""
     gaps = [log["wdpo/gap"] for log in launches.result(engine, cell)["logs"]]
     assert max(gaps) < (1e-3 if cell.dtype == "fp32" else 0.03)
+
+
+def test_two_forwards_are_refused_with_reentrant_checkpointing(launches):
+    for refused in REFUSED:
+        with pytest.raises(pytest.fail.Exception, match="`wdpo` makes two forwards for one backward where"):
+            launches.result(*refused)
 
 
 def test_wdpo_refuses_fsdp1():

@@ -57,8 +57,9 @@ def deepspeed_config(stage: int, bf16: bool) -> dict[str, Any]:
 
 def build_args(cell: Cell, engine: str, inputs: Path, output: Path) -> DPOConfig | KTOConfig:
     accumulation = cell.accumulation
-    if engine == "single" and "sft" in cell.loss:
-        # TRL's `sft` divides by the tokens of a micro-batch: the baseline has the micro-batches of two ranks
+    if engine == "single" and ("sft" in cell.loss or cell.noise):
+        # TRL's `sft` divides by the tokens of a micro-batch, and masks are drawn for one: the baseline has the
+        # micro-batches of two ranks
         accumulation *= 2
     settings = cpu_args(
         output_dir=str(output / "trainer"),
@@ -75,8 +76,11 @@ def build_args(cell: Cell, engine: str, inputs: Path, output: Path) -> DPOConfig
         precompute_ref_log_probs=cell.precomputed,
         bf16=cell.dtype == "bf16",
         padding_free=cell.packed,
+        disable_dropout=not cell.noise,
         **cell.settings,
     )
+    if cell.noise and cell.model == "full":
+        settings["model_init_kwargs"] = {"dtype": "float32", "attention_dropout": 0.2}
     if cell.loss == "mrpo":
         settings["mrpo_reference"] = str(inputs / "policy" / "qwen2")
     if engine.startswith("zero") and not CONFIGURED_BY_ACCELERATE:
@@ -103,7 +107,11 @@ def build_trainer(cell: Cell, engine: str, inputs: Path, output: Path) -> DPOTra
     kwargs: dict[str, Any] = {}
     if cell.model != "full":
         kwargs["peft_config"] = LoraConfig(
-            r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+            r=4,
+            lora_dropout=0.3 if cell.noise else 0.0,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
         )
     elif not cell.precomputed:
         # Not the policy's start, so that losses differ from pair to pair. Precomputing takes TRL's way, that start.
@@ -121,14 +129,27 @@ def build_trainer(cell: Cell, engine: str, inputs: Path, output: Path) -> DPOTra
     trainer_class = KTOTrainer if cell.unpaired else DPOTrainer
     trainer = trainer_class(str(inputs / "policy" / "qwen2"), args=args, train_dataset=data, **kwargs)
     if cell.model != "full":
-        # Of 4-bit models TRL makes the adapters bf16, whose rounding would hide differences of up to a tenth. And in
-        # bf16 cells all engines are to start from the same adapters, also those that round them.
+        # Under DeepSpeed the adapters of 4-bit models are bf16, whose rounding would hide differences of up to a
+        # tenth. And in bf16 cells all engines are to start from the same adapters, also those that round them.
         for parameter in trainer.model.parameters():
             if parameter.requires_grad and cell.dtype == "bf16":
                 parameter.data = parameter.data.bfloat16().to(parameter.dtype)
             elif parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    if cell.noise:
+        draw_masks_by_content(trainer)
     return trainer
+
+
+def draw_masks_by_content(trainer: DPOTrainer | KTOTrainer) -> None:
+    """Let a micro-batch's masks depend on its samples alone, and not on the rank or on what was drawn before."""
+    prepare = trainer._prepare_inputs
+
+    def prepare_and_seed(inputs):
+        torch.manual_seed(inputs["input_ids"].sum().item())
+        return prepare(inputs)
+
+    trainer._prepare_inputs = prepare_and_seed
 
 
 def trainable(trainer: DPOTrainer | KTOTrainer) -> dict[str, torch.Tensor]:

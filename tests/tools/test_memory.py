@@ -97,6 +97,11 @@ CELLS = {
         cpu_run(128, 2, lora=True, bits=4, nested=True, half=True, dtype="bfloat16"),
         "backward, first layer",
     ),
+    "qlora-wide-rdro": (
+        dict(WIDE, vocab_size=512),
+        cpu_run(128, 2, losses=("rdro",), lora=True, bits=4, nested=True, half=True, dtype="bfloat16"),
+        "backward, first layer",
+    ),
 }
 LORA_R = 8
 

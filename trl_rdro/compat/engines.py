@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -28,6 +29,45 @@ def refuse_fsdp1(accelerator: Any, loss_type: str) -> None:
             "step, and not in the pass to the embeddings. Use FSDP2 (`fsdp_version: 2`, or TRL's accelerate config "
             "`fsdp2`)."
         )
+
+
+def refuse_two_forwards(trainer: TrlTrainer, loss_type: str) -> None:
+    """For one backward pass through two forwards. With reentrant checkpointing each of them gives a parameter's
+    gradient by itself, and the engines expect one."""
+    reentrant = (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    distributed = trainer.accelerator.distributed_type != DistributedType.NO
+    if distributed and reentrant and trainer.model.is_gradient_checkpointing:
+        raise ValueError(
+            f"`{loss_type}` makes two forwards for one backward where a forward is random (dropout, NEFTune), which "
+            "reentrant gradient checkpointing cannot do in several processes or with DeepSpeed. Set "
+            "`disable_dropout=True` and no `neftune_noise_alpha`, or `activation_checkpointing=False`, or, but for "
+            "ZeRO-3 with adapters, `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+        )
+
+
+def full_precision_adapters(trainer: TrlTrainer) -> str | None:
+    """Let the adapters of a quantised model be trained in float32, as PEFT makes them. TRL has made them bfloat16, in
+    which updates below half of a parameter's last digit are lost. Before the optimiser exists.
+
+    Left as they are with DeepSpeed, which trains float32 copies, and FSDP1, which flattens parameters of one dtype.
+
+    Returns:
+        What is done, in words; `None` where there is nothing to do.
+    """
+    adapters = [p for p in trainer.model.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+    quantised = getattr(trainer.model, "is_loaded_in_4bit", False) or getattr(
+        trainer.model, "is_loaded_in_8bit", False
+    )
+    if not quantised or not adapters:
+        return None
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.is_deepspeed_enabled:
+        return "bfloat16 as TRL makes them, with DeepSpeed's float32 copies"
+    if plugin is not None and plugin.fsdp_version == 1:
+        return "bfloat16 as TRL makes them: FSDP1 flattens parameters of one dtype"
+    for parameter in adapters:
+        parameter.data = parameter.data.float()
+    return "float32"
 
 
 def settle_fsdp2(model: torch.nn.Module | None) -> None:

@@ -59,6 +59,8 @@ class InputGradientPenalty(PairHost):
         if not torch.is_grad_enabled():
             return outputs, gradient.norms
 
+        if noisy := noise.was_drawn_from():
+            engines.refuse_two_forwards(self, "wdpo")
         relative_step = self.args.wdpo_eps or self._finite_difference_step.relative_step(gradient.dtype)
         slopes, log_probs, outputs.aux_loss = perturbed_slopes(
             lambda copies: trl_compat.policy_forward(
@@ -68,7 +70,7 @@ class InputGradientPenalty(PairHost):
             pair_loss,
             gradient,
             relative_step,
-            noise if noise.was_drawn_from() else None,
+            noise if noisy else None,
         )
         total = gradient.norms.sum()
         metrics["wdpo/gap"] = (slopes.detach() - gradient.norms).abs().sum() / total.clamp(min=1e-30)

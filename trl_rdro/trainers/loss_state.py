@@ -28,7 +28,7 @@ class LossState(TrainerCallback, ExportableState):
     def __init__(self):
         self.values: dict[str, dict[str, float]] = {}  # by loss, then by label
         self.sizes: dict[str, dict[str, float]] = {}  # of the labels in the training set, where a loss needs them
-        self._seen: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+        self._seen: dict[str, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
 
     def numbers(self, name: str, labels: torch.Tensor, config: Any) -> torch.Tensor:
         """The numbers of `(n,)` pairs by their labels, `(n,)`."""
@@ -38,11 +38,12 @@ class LossState(TrainerCallback, ExportableState):
 
     def observe(self, name: str, labels: torch.Tensor, statistics: torch.Tensor, weights: torch.Tensor) -> None:
         """Take in what `(n,)` pairs of the present optimiser step say about their labels' numbers."""
-        self._seen[name] += zip(labels.tolist(), statistics.tolist(), weights.tolist(), strict=True)
+        self._seen[name].append((labels, statistics, weights))  # read at the end of the step, all at once
 
     def on_step_end(self, args, state, control, **kwargs):
         for name, seen in self._seen.items():
-            labels, *columns = zip(*gather_object(seen), strict=True)
+            of_this_rank = (torch.cat(column).tolist() for column in zip(*seen, strict=True))
+            labels, *columns = zip(*gather_object(list(zip(*of_this_rank, strict=True))), strict=True)
             known, index = self._lookup(name, labels, args)
             numbers, statistics, weights = (
                 torch.tensor(values, dtype=torch.float64) for values in (list(known.values()), *columns)

@@ -34,6 +34,8 @@ class Safeguards(Checkpoints):
         self._starts_at_reference = self._starts_at_reference and not given_reference
         self._evaluation_prefix = "eval"
         logger.info(f"Reference model: {self._describe_reference(model, given_reference)}.")
+        if self._ours and (adapters := engines.full_precision_adapters(self)):  # with TRL's losses they are as TRL's
+            logger.info(f"Adapters of the quantised model: {adapters}.")
         if self._ours and trl_compat.overrides_compute_loss(self):
             logger.warning(
                 f"`{type(self).__name__}._compute_loss` is not called with {' and '.join(self._ours)}: override "

@@ -1,5 +1,6 @@
 """What a GPU holds from the first step of a run to its last, in bytes."""
 
+from ...losses.types import LOSS_TYPES
 from .model import Shape
 from .run import Run
 
@@ -31,8 +32,11 @@ def constant_bytes(shape: Shape, run: Run) -> float:
 
 
 def adapter_bytes(run: Run) -> int:
-    """Of a LoRA weight: PEFT makes it fp32, TRL bf16 for quantised models and for ZeRO-3."""
-    return 2 if run.bits < 16 or (run.engine == "deepspeed" and run.half) else 4
+    """Of a LoRA weight: PEFT makes it fp32, TRL bf16 for quantised models and for ZeRO-3. With a loss of ours it is
+    fp32 again for quantised models, but not under DeepSpeed."""
+    if run.engine == "deepspeed":
+        return 2 if run.half or run.bits < 16 else 4
+    return 2 if run.bits < 16 and LOSS_TYPES.keys().isdisjoint(run.losses) else 4
 
 
 def trainable(shape: Shape, run: Run) -> tuple[int, int]:
