@@ -1,10 +1,14 @@
 """What tests of several folders need that is neither a model nor a training run."""
 
+import math
 import os
 import socket
 import subprocess
 import time
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from trl_rdro.run.lock import only_run_in
 
@@ -49,3 +53,10 @@ def hold(directory: str, ready, how: str) -> None:
             os._exit(0)
         ready.set()
         time.sleep(60)
+
+
+def spoil(checkpoint: Path) -> None:
+    """Make the weights in a directory NaN, as a version that looks at nothing would have saved them."""
+    (path,) = checkpoint.glob("*model.safetensors")
+    save_file({name: torch.full_like(value, math.nan) for name, value in load_file(path).items()}, path)
+    (checkpoint / "manifest.json").unlink(missing_ok=True)

@@ -15,6 +15,11 @@ class UserError(ValueError):
     """An error whose message is all that the user needs to see."""
 
 
+class NotFinite(FloatingPointError):
+    """A loss, a gradient or parameters that are infinite or not a number, said in one sentence. From Python it is the
+    `FloatingPointError` that it is; a command prints the sentence."""
+
+
 def describe(error: BaseException) -> str:
     """The message of `error` on one line, or its type where it has none."""
     if isinstance(error, OSError) and error.filename is not None:

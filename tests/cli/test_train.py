@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 import trl_rdro
 from trl_rdro.cli import launch, main, train
 
-from ..helpers import ROOT, hold, refusal, run_process
+from ..helpers import ROOT, hold, refusal, run_process, spoil
 from ..tiny import tiny_preferences
 
 
@@ -237,6 +238,18 @@ def test_bad_config_files_are_refused(tmp_path, capsys, launched, text, word):
         ({"dataset_name": "{tmp}/wrong.jsonl"}, ["chosen", "rejected", "answer"]),
         ({"dataset_name": None, "datasets": [{"path": "nowhere/none"}]}, ["nowhere/none"]),
         ({"dataset_name": None, "datasets": [{"pathh": "nowhere/none"}]}, ["pathh"]),
+        *(
+            ({"dataset_name": None, "datasets": [{"path": "{data}", "fraction": value}]}, ["fraction"])
+            for value in (-1, 0, float("nan"), "x", True)
+        ),
+        ({"dataset_name": None, "datasets": [{"path": "{data}", "columns": ["x"]}]}, ["datasets", "x"]),
+        ({"dataset_name": None, "datasets": [{"path": "{data}", "split": "nope"}]}, ["datasets", "nope"]),
+        ({"dataset_name": None, "datasets": [{"path": "{data}", "name": "x"}]}, ["no configuration 'x'", "a file"]),
+        ({"dataset_config": "x"}, ["no configuration 'x' (dataset_config)", "a file has none"]),
+        ({"dataset_name": "{folder}", "dataset_config": "x"}, ["no configuration 'x'", "it has default"]),
+        ({"test_split_size": 2.0}, ["test_split_size"]),
+        ({"model_revision": "x"}, ["local directory, which has no revision 'x'"]),
+        ({"model_init_kwargs": {"revision": "x"}}, ["no revision 'x'"]),
         ({"dataset_train_split": "training"}, ["training", "only: train"]),
         ({"eval_strategy": "epoch"}, ["test", "dataset_test_split", "eval_strategy"]),
         ({"model_name_or_path": "/no/model"}, ["/no/model", "not a local directory"]),
@@ -245,15 +258,23 @@ def test_bad_config_files_are_refused(tmp_path, capsys, launched, text, word):
         ({"resume_from_checkpoint": "/no/checkpoint"}, ["cannot resume", "/no/checkpoint"]),
     ],
 )
-def test_bad_data_and_models_are_refused(config, tmp_path, capsys, changes, words):
+def test_bad_data_and_models_are_refused(config, data, tmp_path, capsys, changes, words):
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a": [1}\n')
     (tmp_path / "wrong.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    changes = {
-        key: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value
-        for key, value in changes.items()
-    }
+    names = {"{tmp}": str(tmp_path), "{data}": data, "{folder}": str(Path(data).parent)}
+
+    def named(value):
+        if isinstance(value, list):
+            return [named(inner) for inner in value]
+        if isinstance(value, dict):
+            return {key: named(inner) for key, inner in value.items()}
+        for short, name in names.items():
+            value = value.replace(short, name) if isinstance(value, str) else value
+        return value
+
+    changes = {key: named(value) for key, value in changes.items()}
     message = refusal(capsys, train.main("dpo", ["--config", config(**changes)]))
     for word in words:
         assert word in message
@@ -262,6 +283,22 @@ def test_bad_data_and_models_are_refused(config, tmp_path, capsys, changes, word
 def test_script_refuses_launch_options_after_its_name(config, capsys):
     message = refusal(capsys, train.main("dpo", ["--config", config(), "--num_processes", "2"]))
     assert "--num_processes" in message and "accelerate launch" in message
+
+
+def test_parameters_that_are_not_finite_are_one_sentence(config, tmp_path, capsys):
+    assert train.main("dpo", ["--config", config(save_steps=1)]) == 0
+    spoil(tmp_path / "out" / "checkpoint-1")
+    path = config(save_steps=1, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    message = refusal(capsys, train.main("dpo", ["--config", path]))
+    assert "checkpoint-1 are not finite" in message and "Resume from an older checkpoint" in message
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_loss_that_is_not_finite_is_one_sentence(method, model, config, tmp_path, capsys):
+    weights = shutil.copytree(model, tmp_path / "model")
+    spoil(weights)
+    message = refusal(capsys, train.main(method, ["--config", config(model_name_or_path=str(weights))]))
+    assert "not finite" in message and "the model as it was loaded" in message
 
 
 def test_error_inside_training_keeps_its_traceback(config, monkeypatch):

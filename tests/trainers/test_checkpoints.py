@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trl_rdro import DPOTrainer, KTOTrainer
@@ -21,9 +20,9 @@ from trl_rdro.run.disk import DiskFull
 from trl_rdro.trainers import checkpoints
 from trl_rdro.trainers.checkpoints import non_finite_parameters
 
-from ..helpers import hold
+from ..helpers import hold, spoil
 from ..tiny import save_tiny, tiny_preferences, tiny_qwen2, tiny_tokenizer
-from ..training import lora, make_trainer
+from ..training import lora, make_trainer, parameters, same_parameters, trained_parameters
 
 
 def make(model, output_dir, trainer_class=DPOTrainer, trainer_kwargs=None, **settings):
@@ -371,15 +370,43 @@ def test_parameters_that_are_not_finite_are_not_saved(qwen2, tmp_path, loss_type
 def test_a_checkpoint_with_parameters_that_are_not_finite_is_named(qwen2, tmp_path):
     trainer = make(qwen2, tmp_path)
     trainer.train()
-    # As an older version would have saved it
-    weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    save_file(
-        {name: torch.full_like(value, math.nan) for name, value in weights.items()},
-        tmp_path / "checkpoint-2" / "model.safetensors",
-    )
-    (tmp_path / "checkpoint-2" / "manifest.json").unlink()
+    spoil(tmp_path / "checkpoint-2")
     with pytest.raises(FloatingPointError, match=r"parameters in .*checkpoint-2 are not finite \(.* and \d+ more\)"):
         make(qwen2, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "settings", "adapter"),
+    [
+        (DPOTrainer, {"loss_type": "sigmoid"}, None),
+        (DPOTrainer, {"loss_type": "kldpo", "gradient_accumulation_steps": 2}, None),
+        (DPOTrainer, {"loss_type": "repo"}, lora(lora_dropout=0.1)),
+        (KTOTrainer, {"loss_type": "rdro"}, None),
+    ],
+    ids=["sigmoid", "kldpo", "repo with LoRA", "unpaired rdro"],
+)
+def test_one_that_is_not_finite_is_passed_over(trainer_class, settings, adapter, qwen2, tmp_path, messages):
+    """For the next older one that is, from which the run ends with the weights of an unbroken one."""
+    kwargs = {"trainer_kwargs": {"peft_config": adapter} if adapter else {}, "max_steps": 4, **settings}
+    whole = trained_parameters(make(qwen2, tmp_path / "whole", trainer_class, **kwargs))
+    make(qwen2, tmp_path / "broken", trainer_class, **kwargs).train()
+    for step in (4, 3, 2):
+        spoil(tmp_path / "broken" / f"checkpoint-{step}")
+    trainer = make(qwen2, tmp_path / "broken", trainer_class, **kwargs)
+    messages()
+    trainer.train(resume_from_checkpoint=True)
+    passed_over = [line for line in messages() if "It is passed over" in line]
+    assert len(passed_over) == 3 and "checkpoint-4 are not finite" in passed_over[0]
+    assert "resuming from" in passed_over[2] and "checkpoint-1" in passed_over[2]
+    assert same_parameters(whole, parameters(trainer))
+
+
+def test_with_no_finite_one_the_run_does_not_begin(qwen2, tmp_path):
+    make(qwen2, tmp_path, max_steps=2).train()
+    for step in (1, 2):
+        spoil(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(FloatingPointError, match="checkpoint-1 are not finite"):
+        make(qwen2, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
 
 
 def test_only_trained_parameters_are_looked_at():

@@ -67,6 +67,10 @@ def check_config(name: str, revision: str | None = None, trust_remote_code: bool
     with _naming(name):
         if folder.is_dir():
             _require_config(folder)
+            if revision not in (None, "main"):
+                raise ValueError(
+                    f"it is a local directory, which has no revision {revision!r}; leave `model_revision` out"
+                )
         elif folder.exists():
             raise ValueError("it is a file; give the directory that it is in")
         elif folder.is_absolute() or len(folder.parts) > 2 or name.startswith((".", "~")):
@@ -208,6 +212,16 @@ def check_tokenizer(processing_class: Any, rows: int | None, is_own: bool) -> No
         raise ValueError(
             f"the tokenizer gives the token {token!r} the number {number}, and the model has {rows} embeddings only; "
             "give the model's own tokenizer, or resize the model (`resize_token_embeddings`)"
+        )
+
+
+def check_pad_token(pad_token: str | None, processing_class: Any) -> None:
+    """Refuse a padding token that the tokenizer does not know. Raises `ValueError` with one sentence."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if pad_token is not None and tokenizer is not None and pad_token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"`pad_token` must be a token that the tokenizer knows, got {pad_token!r}. Leave it None for the model's "
+            "own."
         )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..errors import UserError, user_error
 from ..tools.recipes import read_header
-from ..tools.yaml_files import read_yaml
 from .parsing import Parser, require_between
 
 
@@ -20,8 +19,9 @@ METHODS = ("dpo", "kto")
 def read_accelerate(name: str | None) -> dict[str, Any]:
     """The settings of an accelerate config; none without one."""
     from .launch import accelerate_config_file
+    from .launch_settings import check_accelerate_config
 
-    return {} if name is None else read_yaml(accelerate_config_file(name))
+    return {} if name is None else check_accelerate_config(accelerate_config_file(name))
 
 
 def read_run(method: str, argv: list[str], gpus: int | None, accelerate_config: str | None) -> tuple:

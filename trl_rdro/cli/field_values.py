@@ -34,6 +34,8 @@ def converted(name: str, value: Any, hint: Any) -> Any:
     options = options_of(hint)
     if value is False and any(_is_enum(option) and "no" in {item.value for item in option} for option in options):
         return "no"  # what YAML makes of a bare `no`
+    if type(value) is int and float in options and int not in options and abs(value) <= 2**53:
+        value = float(value)  # a `0` for an option of an optimiser that wants 0.0
     if isinstance(value, list) and any(typing.get_args(option) == (float,) for option in options):
         # PyYAML reads 1e-3 as text
         with user_error(ValueError, TypeError, prefix=f"`{name}` must be a list of numbers: "):

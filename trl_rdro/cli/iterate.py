@@ -19,7 +19,7 @@ from trl_rdro.checks.datasets import check_rows
 from trl_rdro.iterate.config import METHODS, IterateConfig
 from trl_rdro.iterate.judges import Judge, make_judge
 
-from ..errors import UserError, user_error
+from ..errors import NotFinite, UserError, user_error
 from ..run.disk import DiskFull, full_disk_said
 from ..run.lock import only_run_in
 from ..run.secrets import take_hub_token
@@ -118,7 +118,7 @@ def run(argv: list[str] | None = None) -> int:
     take_hub_token(args)
     say_when_stopped(lambda: GO_ON)
     room = full_disk_said(args.output_dir, lambda: f"Make room: {GO_ON}.")
-    with user_error(DiskFull), room, only_run_in(args.output_dir):
+    with user_error(DiskFull, NotFinite), room, only_run_in(args.output_dir):
         find_model(args, model_args)
         rows, monitor_rows = load_prompts(script_args)
         from trl_rdro.iterate.rounds import Loop

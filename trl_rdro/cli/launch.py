@@ -11,7 +11,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -19,8 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from ..errors import UserError, user_error
 from ..run.secrets import HUB_TOKEN_VARIABLE, split_hub_token
 from ..run.signals import passing_on_signals
-from ..tools.yaml_files import read_yaml
-from .field_values import WORDS, field_hints, options_of
+from .launch_settings import check_accelerate_config, check_flags
 from .training_options import make_launch_parser, parse
 
 
@@ -44,15 +43,6 @@ def accelerate_config_file(name: str) -> str:
     return str(shipped / f"{name}.yaml")
 
 
-def check_accelerate_config(path: str) -> None:
-    """Refuse an accelerate config that accelerate itself, or a process that it starts, would die of."""
-    hints = field_hints([ClusterConfig])
-    for name, value in read_yaml(path).items():
-        for kind in {int, dict}.intersection(options_of(hints.get(name))):
-            if value is not None and not isinstance(value, kind):
-                raise UserError(f"the accelerate config {path} has {name} {value!r}: it must be {WORDS[kind]}")
-
-
 def launch(method: str, argv: list[str]) -> int:
     """Run the training of `method` with the command line `argv` in the processes it asks for."""
     _, launch_flags, launch_argv = parse(method, argv)
@@ -64,13 +54,17 @@ def launch_module(module: str, module_argv: list[str], launch_argv: list[str]) -
     module_argv, token = split_hub_token(module_argv)
     if token is not None:
         os.environ[HUB_TOKEN_VARIABLE] = token
-    args = make_launch_parser().parse_args([*launch_argv, "--module", module, *module_argv])
+    parser = make_launch_parser()
+    args = parser.parse_args([*launch_argv, "--module", module, *module_argv])
     if args.training_script != module:
         raise UserError(f"unexpected argument {args.training_script}: a YAML file is given with --config FILE")
+    check_flags(args, parser._actions)
     if args.accelerate_config is not None:
         args.config_file = accelerate_config_file(args.accelerate_config)
     if args.config_file is not None:
         check_accelerate_config(args.config_file)
+    elif os.path.isfile(default_config_file):  # what `accelerate config` has written
+        check_accelerate_config(default_config_file)
 
     # Where a training process fails it has already said why, in a sentence or a traceback.
     returncode = 0

@@ -31,18 +31,21 @@ from trl import (
 import trl_rdro
 from trl_rdro.checks.models import check_model
 
-from ..errors import UserError, user_error
+from ..configs.validation import Range, require
+from ..errors import NotFinite, UserError, user_error
 from ..run.completeness import fault, how_to_go_on
 from ..run.disk import DiskFull, full_disk_said
 from ..run.lock import only_run_in
 from ..run.secrets import take_hub_token
 from ..run.signals import say_when_stopped
-from ..tools.loading import file_builder, load_splits, loading, require_split
+from ..tools.loading import file_builder, load_splits, loading, require_configuration, require_split
 from .errors import report_user_errors
 from .training_options import parse, refuse_launch_flags
 
 
 logger = logging.getLogger(__name__)
+
+FRACTION = Range("(0, inf)", "It is a data set's share of all rows, beside the other fractions.")
 
 
 def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, with_eval: bool) -> tuple:
@@ -51,6 +54,9 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, 
         if script_args.dataset_name:
             logger.warning("Both `datasets` and `dataset_name` are given: `dataset_name` is ignored.")
         for source in dataset_args.datasets:
+            require_configuration(source.path, source.name, "`name` in `datasets`")
+            with user_error(ValueError):
+                require("datasets.fraction", source.fraction, (float, type(None)), FRACTION)
             if source.data_files is None and (builder := file_builder(source.path)):
                 source.data_files, source.path = source.path, builder
         with user_error(Exception, prefix="cannot load `datasets`: "):
@@ -147,7 +153,7 @@ def main(method: str, argv: list[str] | None = None) -> int:
     output_dir, checkpoint = training_args.output_dir, find_checkpoint(training_args)
     say_when_stopped(lambda: how_to_go_on(output_dir))
     room = full_disk_said(output_dir, lambda: f"Make room: {how_to_go_on(output_dir)}.")
-    with user_error(DiskFull), room, only_run_in(output_dir):
+    with user_error(DiskFull, NotFinite), room, only_run_in(output_dir):
         return train(method, arguments, checkpoint)
 
 

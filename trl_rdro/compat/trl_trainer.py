@@ -14,6 +14,7 @@ class TrlTrainer(Trainer):
     ref_model: PreTrainedModel | None
     eval_dataset: Any
     precompute_ref_logps: bool
+    _is_vision_dataset: bool
     aux_loss_enabled: bool
     router_aux_loss_coef: float
     beta: float

@@ -12,8 +12,10 @@ from .packing_config import PackingConfig
 from .pair_loss_config import PairLossConfig
 from .ranges import RANGES
 from .run_config import RunConfig
+from .structures import validate_structures
+from .trl_losses import ABOVE_ZERO, FLIPPED, refuse_combinations, refuse_pair_losses
 from .unused_options import warn_of_unused_options
-from .validation import Range, require, require_choice, require_reverse_kl, validate_fields
+from .validation import require, require_choice, require_reverse_kl, validate_fields
 
 
 logger = get_logger(__name__)
@@ -27,7 +29,6 @@ WDPO_PENALTIES = ("squared", "rms")
 TRL_SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
 SMOOTHED_INNER_LOSSES = {"sigmoid", "cdpo"}
 
-FLIPPED = Range("[0, 0.5)", "It is the assumed probability that a label is flipped.")
 # Density ratios and likelihoods are of the log-ratio itself; for them beta only scales the logged rewards
 LOSSES_WITHOUT_BETA = {*DENSITY_RATIO_LOSSES, "sft"}
 
@@ -166,13 +167,17 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, PackingConfig, RunConfig, tr
             self.loss_type = [self.loss_type]
         self._validate_loss_types()
         validate_fields(self, RANGES)
+        validate_structures(self)
         require_choice("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)
         self._validate_run()
         self._validate_packing()
         self._validate_loss_weights()
-        self._validate_losses_of_trl()
+        if not {*self.loss_type} <= LOSSES_WITHOUT_BETA:
+            require("beta", self.beta, (float,), ABOVE_ZERO)
         self._validate_pair_losses()
         self._validate_ours()
+        refuse_combinations(self)
+        refuse_pair_losses(self)
         super().__post_init__()
         self._refuse_a_step_of_one_pair()
         if "cdpo" in self.loss_type and self.label_smoothing == 0:
@@ -202,13 +207,6 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, PackingConfig, RunConfig, tr
             )
         if not any(weights):
             raise ValueError(f"`loss_weights` must not all be 0, got {weights!r}: nothing would be trained.")
-
-    def _validate_losses_of_trl(self) -> None:
-        """What TRL says of its own losses once the model is loaded, or never."""
-        if not {*self.loss_type} <= LOSSES_WITHOUT_BETA:
-            require("beta", self.beta, (float,), Range("[1e-9, 1e9]", "With 0 nothing would be trained."))
-        if "robust" in self.loss_type:
-            require("label_smoothing", self.label_smoothing, (float,), FLIPPED)
 
     def _validate_ours(self) -> None:
         ours = [loss_type for loss_type in self.loss_type if loss_type in OUR_DPO_LOSSES]

@@ -8,8 +8,10 @@ from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig, requ
 from .packing_config import PackingConfig
 from .ranges import RANGES
 from .run_config import RunConfig
+from .structures import validate_structures
+from .trl_losses import ABOVE_ZERO, refuse_combinations, refuse_kl_losses
 from .unused_options import warn_of_unused_options
-from .validation import Range, require, validate_fields
+from .validation import require, validate_fields
 
 
 _TRL_FIELDS = trl.KTOConfig.__dataclass_fields__
@@ -65,10 +67,11 @@ class KTOConfig(DensityRatioConfig, PackingConfig, RunConfig, trl.KTOConfig):
 
     def __post_init__(self):
         validate_fields(self, RANGES)
+        validate_structures(self)
         self._validate_run()
         self._validate_packing()
         if self.loss_type not in DENSITY_RATIO_LOSSES:
-            require("beta", self.beta, (float,), Range("[1e-9, 1e9]", "With 0 nothing would be trained."))
+            require("beta", self.beta, (float,), ABOVE_ZERO)
         if not self.desirable_weight and not self.undesirable_weight:
             raise ValueError(
                 "`desirable_weight` and `undesirable_weight` must not both be 0, got 0 and 0: nothing would be "
@@ -79,5 +82,8 @@ class KTOConfig(DensityRatioConfig, PackingConfig, RunConfig, trl.KTOConfig):
             require_cap_above_start(t, self.ddro_cap)
         if self.train_sampling_strategy is None:
             self.train_sampling_strategy = "random" if self.loss_type in DENSITY_RATIO_LOSSES else "sequential"
+        refuse_combinations(self)
+        if self.loss_type == "kto":
+            refuse_kl_losses(self)
         super().__post_init__()
         warn_of_unused_options(self, [self.loss_type])

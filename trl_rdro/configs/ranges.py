@@ -7,6 +7,8 @@ from .validation import Range
 
 
 COUNT = Range("[1, inf)")
+BATCH = Range("[1, 1e6]")  # rows of tokens in memory
+PROCESSES = Range("[0, 1024]")
 NOT_NEGATIVE = Range("[0, inf)")
 # A share or a temperature beyond these vanishes or overflows in float32 once it is inverted
 SHARE = Range("[1e-9, 0.999999]", "Leave it None to use the preferred fraction of the training set.")
@@ -52,9 +54,9 @@ TRL_RANGES = {
     "ref_model_mixup_alpha": Range("[0, 1]"),
     "ref_model_sync_steps": COUNT,
     "max_length": Range("[1, inf)", "Leave it None never to truncate."),
-    "pad_to_multiple_of": COUNT,
-    "dataset_num_proc": COUNT,
-    "precompute_ref_batch_size": COUNT,
+    "pad_to_multiple_of": Range("[1, 65536]"),
+    "dataset_num_proc": Range("[1, 1024]"),
+    "precompute_ref_batch_size": BATCH,
 }
 TRANSFORMERS_RANGES = {
     "learning_rate": Range("[0, 1000]"),
@@ -68,8 +70,8 @@ TRANSFORMERS_RANGES = {
     "label_smoothing_factor": Range("[0, 1)", "Preference losses do not read it: see `label_smoothing`."),
     "num_train_epochs": Range("(0, 1e6]"),
     "max_steps": Range("[1, inf)", "-1 is `num_train_epochs` epochs.", also=-1),
-    "per_device_train_batch_size": COUNT,
-    "per_device_eval_batch_size": COUNT,
+    "per_device_train_batch_size": BATCH,
+    "per_device_eval_batch_size": BATCH,
     "gradient_accumulation_steps": COUNT,
     "eval_accumulation_steps": COUNT,
     "logging_steps": NOT_NEGATIVE,
@@ -79,12 +81,13 @@ TRANSFORMERS_RANGES = {
     "save_total_limit": Range("[1, inf)", "Leave it None to keep all."),
     "seed": Range("[0, 4294967295]"),
     "data_seed": Range("[0, 4294967295]"),
-    "dataloader_num_workers": NOT_NEGATIVE,
+    "dataloader_num_workers": PROCESSES,
     "dataloader_prefetch_factor": COUNT,
     "torch_empty_cache_steps": COUNT,
     "local_rank": Range("[-1, inf)", "The launcher sets it."),
     "ddp_timeout": COUNT,
     "ddp_bucket_cap_mb": COUNT,
 }
-PEFT_RANGES = {"lora_r": COUNT, "lora_alpha": COUNT, "lora_dropout": Range("[0, 1)")}
-RANGES = {**PEFT_RANGES, **LOSS_RANGES, **TRL_RANGES, **TRANSFORMERS_RANGES}
+PEFT_RANGES = {"lora_r": Range("[1, 65536]"), "lora_alpha": COUNT, "lora_dropout": Range("[0, 1)")}
+DATA_RANGES = {"test_split_size": Range("(0, 1)", "It is a share of the rows; leave it None for no test split.")}
+RANGES = {**DATA_RANGES, **PEFT_RANGES, **LOSS_RANGES, **TRL_RANGES, **TRANSFORMERS_RANGES}

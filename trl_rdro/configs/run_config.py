@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import dataclass, field
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 
 from .validation import require_choice
 
@@ -41,6 +42,10 @@ class RunConfig:
         self._validate_trackers(vars(self)["report_to"])  # TRL's field
         if self.plot and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("`plot=True` needs matplotlib: `pip install 'trl-rdro[plot]'`, or set `plot=False`.")
+        if vars(self)["use_liger_kernel"] and not is_liger_kernel_available():  # transformers' field
+            raise ValueError(
+                "`use_liger_kernel=True` needs Liger: `pip install liger-kernel`, or set `use_liger_kernel=False`."
+            )
 
     def _validate_trackers(self, report_to: str | list[str] | None) -> None:
         """What the Trainer says of `report_to` once the model is loaded."""

@@ -6,7 +6,6 @@ Each check raises `ValueError` with one sentence: what is wrong, the value seen,
 import dataclasses
 import difflib
 import functools
-import json
 import math
 import os
 import sys
@@ -28,7 +27,6 @@ _LOOSELY_ANNOTATED = {
     "lora_target_modules": str | list[str] | None,
     "debug": str | list[str] | None,
 }
-_FILES_OF_OPTIONS = ("accelerator_config", "fsdp_config", "deepspeed")  # text is JSON, or the name of a file of it
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 _WORDS |= {types.NoneType: "None", list: "a list"}
 
@@ -99,10 +97,11 @@ def validate_fields(config: Any, ranges: Mapping[str, Range]) -> None:
 def _annotations(config_class: Any) -> dict[str, tuple]:
     """For each field the types it may be of, unions taken apart."""
     hints = typing.get_type_hints(config_class) | _LOOSELY_ANNOTATED
-    return {field.name: _alternatives(hints[field.name]) for field in dataclasses.fields(config_class)}
+    return {field.name: alternatives(hints[field.name]) for field in dataclasses.fields(config_class)}
 
 
-def _alternatives(annotation: Any) -> tuple:
+def alternatives(annotation: Any) -> tuple:
+    """The types of a union, or the one type."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
@@ -123,9 +122,8 @@ def require(name: str, value: Any, kinds: tuple, allowed: Range, choices: list[s
             f"{value!r}.{advice and ' ' + advice}"
         )
     if isinstance(value, str) and not isinstance(value, Enum):
-        if dict in (typing.get_origin(kind) or kind for kind in kinds):
-            _require_json(name, value)
-        elif int in kinds and not (value.isdecimal() and int(value) in allowed) and value not in _NOT_COUNTS:
+        is_count = value in _NOT_COUNTS or (value.isdecimal() and int(value) in allowed)
+        if int in kinds and not is_count:
             raise ValueError(f"`{name}` must be {allowed.describe(_WORDS[int])}, 'auto' or None, got {value!r}.")
 
 
@@ -137,6 +135,12 @@ def _is_a(value: Any, kind: Any, allowed: Range) -> bool:
     if origin is list:
         elements = typing.get_args(kind)
         return isinstance(value, (list, tuple)) and all(_is_a(x, kind, allowed) for x in value for kind in elements)
+    if origin is dict and typing.get_args(kind):
+        key_kind, value_kind = typing.get_args(kind)
+        return isinstance(value, dict) and all(
+            _is_a(key, key_kind, allowed) and (value_kind is Any or _is_a(element, value_kind, allowed))
+            for key, element in value.items()
+        )
     if origin is typing.Literal:
         return value in typing.get_args(kind)
     return isinstance(value, (str, os.PathLike) if origin is str else origin)
@@ -148,6 +152,8 @@ def _describe(kind: Any, allowed: Range) -> str:
         return allowed.describe(_WORDS[origin])
     if origin is list and typing.get_args(kind):
         return f"a list, each element {_describe(typing.get_args(kind)[0], allowed)}"
+    if origin is dict and typing.get_args(kind) and typing.get_args(kind)[1] is not Any:
+        return f"a mapping, each value {_describe(typing.get_args(kind)[1], allowed)}"
     if origin is typing.Literal:
         return repr(*typing.get_args(kind))
     return _WORDS.get(origin) or f"a {origin.__name__}"
@@ -162,26 +168,6 @@ def _repair(value: Any, kinds: tuple) -> str:
         texts = [x for x in value if isinstance(x, str)]
         return f"YAML reads {texts[0]!r} as text: a number there has a point, as in 1.0e-3." if texts else ""
     return ""
-
-
-def _require_json(name: str, value: str) -> None:
-    if name in _FILES_OF_OPTIONS and not value.startswith("{"):
-        if not os.path.isfile(value):
-            raise ValueError(
-                f"`{name}` must be a mapping, JSON text or a file, got {value!r}, which is no file here. Correct the "
-                "name or leave it None."
-            )
-        return
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError as error:
-        parsed = error
-    if not isinstance(parsed, dict):
-        why = f" ({parsed})" if isinstance(parsed, ValueError) else ""
-        raise ValueError(
-            f"`{name}` must be a mapping, or one as JSON text, got {value!r}{why}. As text it is written "
-            "'{\"name\": value}'."
-        )
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:

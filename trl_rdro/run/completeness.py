@@ -8,6 +8,7 @@ is not found is a bit that flipped in the middle of a large file.
 """
 
 import json
+import math
 import os
 import re
 import struct
@@ -65,12 +66,22 @@ def has_state(checkpoint: str | Path) -> bool:
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints below `output_dir`, complete or not, the newest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def last_complete_checkpoint(output_dir: str | Path, warn: Callable[[str], Any] = lambda sentence: None) -> str | None:
-    """The newest complete checkpoint below `output_dir`, if there is one. `warn` is told which are passed over."""
+def step_of(checkpoint: str | Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
+
+
+def last_complete_checkpoint(
+    output_dir: str | Path, warn: Callable[[str], Any] = lambda sentence: None, before: float = math.inf
+) -> str | None:
+    """The newest complete checkpoint below `output_dir` of an earlier step than `before`, if there is one. `warn` is
+    told which are passed over."""
     for checkpoint in checkpoints(output_dir):
+        if step_of(checkpoint) >= before:
+            continue
         if (found := fault(checkpoint)) is None:
             return str(checkpoint)
         warn(f"{checkpoint} is not complete and is passed over: {found}.")

@@ -66,9 +66,24 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     from datasets import load_dataset
 
     builder = file_builder(name)
+    require_configuration(name, config, "dataset_config")
     source = {"path": builder, "data_files": name} if builder else {"path": name}
     with loading("the dataset", name, Exception, local="file or directory"):
         return load_dataset(**source, name=config, streaming=streaming)
+
+
+def require_configuration(name: str, config: str | None, option: str) -> None:
+    """Refuse a configuration, which `option` gives, of a file, or of a directory that has none of the name: it would
+    be passed over. A hub id is asked when it is loaded."""
+    from datasets import get_dataset_config_names
+
+    if config is None or not os.path.exists(name):
+        return
+    with loading("the dataset", name, Exception, local="file or directory"):
+        names = [] if os.path.isfile(name) else get_dataset_config_names(name)
+    if config not in names:
+        has = f"it has {', '.join(names)}" if names else "a file has none"
+        raise UserError(f"the dataset {name} has no configuration {config!r} ({option}): {has}; leave it out")
 
 
 def require_split(splits: Mapping[str, Any], name: str, option: str, hint: str = "") -> Any:

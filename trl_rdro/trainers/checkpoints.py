@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,18 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..compat import trl as trl_compat
-from ..errors import UserError
+from ..errors import NotFinite, UserError
 from ..log import get_logger
-from ..run.completeness import STATE, checkpoints, fault, how_to_go_on, last_complete_checkpoint, sync, write_manifest
+from ..run.completeness import (
+    STATE,
+    checkpoints,
+    fault,
+    how_to_go_on,
+    last_complete_checkpoint,
+    step_of,
+    sync,
+    write_manifest,
+)
 from ..run.disk import DiskFull, full_disk_said
 from ..run.files import write_json
 from ..run.lock import only_run_in
@@ -41,6 +51,10 @@ def non_finite_parameters(model: torch.nn.Module, trained_only: bool = True) -> 
     return [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
 
 
+class NotFiniteCheckpoint(NotFinite):
+    """The parameters of the checkpoint that was to be resumed from are not finite."""
+
+
 class Checkpoints(Host):
     """Mixin of the trainers, before TRL's class."""
 
@@ -64,7 +78,8 @@ class Checkpoints(Host):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As TRL's. `resume_from_checkpoint=True` takes the last complete checkpoint, and starts from the beginning
-        where there is none, so that a run can be started again by the same command.
+        where there is none, so that a run can be started again by the same command. One whose parameters are not
+        finite is passed over.
 
         Raises:
             `UserError`: if another process trains into the output directory; if the checkpoint to resume from is not
@@ -84,12 +99,30 @@ class Checkpoints(Host):
                 )
             if self.is_world_process_zero():
                 write_json(Path(self.args.output_dir) / SETTINGS, self._begun_with)
-            return super().train(self._resumed_from, *args, **kwargs)
+            while True:
+                try:
+                    return super().train(self._resumed_from, *args, **kwargs)
+                except NotFiniteCheckpoint as error:
+                    if not isinstance(resume_from_checkpoint, bool):
+                        raise
+                    self._pass_over(error)
 
     # Resuming
 
-    def _find(self, wanted: str | bool, args: Any, warn: Callable[[str], Any]) -> str | None:
-        """The checkpoint that was asked for, or with True the newest that is complete for every process."""
+    def _pass_over(self, error: NotFiniteCheckpoint) -> None:
+        """Resume from the next older checkpoint instead. With none the error stays: the model holds its parameters."""
+        assert self._resumed_from is not None
+        number = step_of(self._resumed_from)
+        older = self._find(True, self.args, warn=lambda sentence: None, before=number)
+        if older is None:
+            raise error
+        self._check_settings(older, self.args)
+        logger.warning(f"{error} It is passed over: resuming from {older}.")
+        self._resumed_from = older
+
+    def _find(self, wanted: str | bool, args: Any, warn: Callable[[str], Any], before: float = math.inf) -> str | None:
+        """The checkpoint that was asked for, or with True the newest of an earlier step than `before` that is complete
+        for every process."""
         if not isinstance(wanted, bool):
             if found := fault(wanted):
                 raise UserError(
@@ -98,9 +131,11 @@ class Checkpoints(Host):
                 )
             return str(wanted)
         if args.world_size == 1:
-            return last_complete_checkpoint(args.output_dir, warn)
+            return last_complete_checkpoint(args.output_dir, warn, before)
         everywhere = gather_object([{str(path): fault(path) for path in checkpoints(args.output_dir)}])
         for checkpoint in everywhere[0]:
+            if step_of(checkpoint) >= before:
+                continue
             reasons = [each.get(checkpoint, "another process does not see it") for each in everywhere]
             if not any(reasons):
                 return checkpoint
@@ -123,7 +158,7 @@ class Checkpoints(Host):
         # In every layout the parameters are loaded by now
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (names := self._non_finite_anywhere()):
-            raise FloatingPointError(
+            raise NotFiniteCheckpoint(
                 f"The parameters in {checkpoint} are not finite ({names}): training had gone wrong before it was "
                 "saved. Resume from an older checkpoint, or remove this one."
             )
@@ -133,7 +168,7 @@ class Checkpoints(Host):
     def _save_checkpoint(self, model, trial):
         step = self.state.global_step
         if names := self._non_finite_anywhere():
-            raise FloatingPointError(
+            raise NotFinite(
                 f"The parameters are not finite at step {step} ({names}), and are not saved: "
                 f"{how_to_go_on(self.args.output_dir)}. Look at the gradient norms before, lower `learning_rate` or "
                 "`max_grad_norm`."

@@ -90,7 +90,7 @@ class KTOTrainer(Columns, PackedRows, Throughput, Safeguards, CheckedInputs, trl
                 )
             self.preferred_fraction = 0.5  # pairs
             require_cap_above_start_of(args, self.preferred_fraction)
-        config = self._check_model(model, args, processing_class)
+        config = self._check_model(model, args, processing_class, **kwargs)
         refuse_before_loading(config, args, example, kwargs.get("peft_config"))
         describe_in_model_card(self, ours)
         self._ours = ours

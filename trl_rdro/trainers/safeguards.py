@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from ..compat import engines
 from ..compat import trl as trl_compat
+from ..errors import NotFinite
 from ..log import get_logger
 from .checkpoints import Checkpoints, non_finite_parameters
 from .guard_rails import GuardRails
@@ -82,7 +83,7 @@ class Safeguards(Checkpoints):
                 f"Log-ratios of this process's samples: {samples}. "
             )
             if self.model.training:
-                raise FloatingPointError(sentence)
+                raise NotFinite(sentence)
             self._guard_rails.warn_once("not finite", sentence)
         means = {name: value for name, value in means.items() if not name.startswith(prefix)} | (totals or {})
         trl_compat.log_metrics(self, means)
@@ -98,9 +99,7 @@ class Safeguards(Checkpoints):
         loss = super().training_step(*args, **kwargs)
         # Ours were looked at before the backward pass
         if not self._ours and not math.isfinite(trl_compat.mean_over_ranks(self, {"loss": loss})["loss"]):
-            raise FloatingPointError(
-                f"The loss at step {self.state.global_step + 1} is not finite. " + self._why_not_finite()
-            )
+            raise NotFinite(f"The loss at step {self.state.global_step + 1} is not finite. " + self._why_not_finite())
         if noise is not None:
             self._starts_at_reference = False  # looked at once
             if not noise.was_drawn_from():
@@ -126,7 +125,7 @@ class Safeguards(Checkpoints):
         norm = super()._get_grad_norm(model, grad_norm)
         # With a loss scale an overflow is a step that the scaler passes over
         if not self.args.fp16 and norm is not None and not math.isfinite(norm):
-            raise FloatingPointError(
+            raise NotFinite(
                 f"The gradient norm at step {self.state.global_step + 1} is not finite. " + self._why_not_finite()
             )
         return norm
