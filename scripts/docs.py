@@ -26,8 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bench_table  # noqa: E402
+from option_table import option_table  # noqa: E402
 
 from trl_rdro.cli.estimate import read_run  # noqa: E402
+from trl_rdro.cli.option_table import TABLE, installed_versions, read_table  # noqa: E402
 from trl_rdro.tools.memory import GIB, estimate  # noqa: E402
 from trl_rdro.tools.recipes import read_header  # noqa: E402
 
@@ -331,12 +333,15 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/studies.md": {path.name: partial(study, path.name) for path in sorted(STUDIES.iterdir())},
 }
 # In the order to write them in: README.md repeats what the recipes say
-DOCUMENTS = [*(path.relative_to(ROOT).as_posix() for path in RECIPES), *TABLES]
+OPTIONS = TABLE.relative_to(ROOT).as_posix()
+DOCUMENTS = [*(path.relative_to(ROOT).as_posix() for path in RECIPES), *TABLES, OPTIONS]
 
 
 def written(name: str) -> str:
     """The text that a document should have."""
     path = ROOT / name
+    if name == OPTIONS:
+        return option_table()
     if path in RECIPES:
         return with_memory_line(path.read_text(), path)
     return filled(path.read_text(), {key: make() for key, make in TABLES[name].items()}, name)
@@ -348,6 +353,8 @@ def main() -> int:
     args = parser.parse_args()
     stale = []
     for name in DOCUMENTS:
+        if args.check and name == OPTIONS and read_table()["versions"] != installed_versions():
+            continue  # it is of other releases: there is nothing to compare
         text = written(name)
         if text != (ROOT / name).read_text():
             stale.append(name)

@@ -224,7 +224,7 @@ def test_value_of_another_kind(name, value, config, capsys):
 @pytest.mark.parametrize("method", ["dpo", "kto", "iterate"])
 def test_numbers_on_the_command_line(method, number, config, capsys):
     judge = ["--reward_funcs", "trl_rdro.iterate.rewards.positivity"] if method == "iterate" else []
-    argv = ["--use_cpu", "--bf16", "false", *judge, "--learning_rate", number]
+    argv = ["--model_name_or_path", "any", "--dataset_name", "any", *ON_CPU[method], *judge, "--learning_rate", number]
     assert "learning" in refused(capsys, method, *argv)
 
 

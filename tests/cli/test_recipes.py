@@ -87,6 +87,9 @@ def test_copy_refers_to_installed_files_and_to_itself(library, tmp_path, capsys)
     assert f"--accelerate_config {library / 'accelerate' / 'zero9.yaml'}" in text
     assert main(["recipes", "--copy", "quick", "--to", "new/folder"]) == 0
     assert yaml.safe_load((tmp_path / "new" / "folder" / "quick.yaml").read_text())["dataset_name"] == QUICKSTART_DIR
+    assert main(["recipes", "--copy", "qwen-7b/rdro_qlora", "--to", "new/folder"]) == 0
+    copied = tmp_path / "new" / "folder" / "rdro_qlora.yaml"
+    assert f"--config {copied} " in copied.read_text()  # wherever it is started from
 
 
 def test_copy_of_the_loops_recipe_finds_its_prompts(tmp_path):

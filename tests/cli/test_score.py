@@ -223,7 +223,7 @@ def test_conversations_limit_and_table(score, models):
     result = score(rows, "--model", models["policy"], "--limit", "3", "--group", "topic")
     assert result["overall"]["n"] == 3 and len(result["scores"]) == 3
     assert result["groups"]["topic"]["odd"]["margin"]["standard_error"] is None  # a single row
-    lines = result["printed"].splitlines()
+    lines = result["printed"].split("\n\n")[1].splitlines()
     assert lines[-4].split() == ["rows", "accuracy", "margin", "chosen", "rejected"]
     assert lines[-3].startswith("all") and f"{result['overall']['margin']['mean']:.2f} ± " in lines[-3]
     assert lines[-2].startswith("topic = even") and lines[-1].startswith("topic = odd")

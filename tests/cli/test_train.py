@@ -40,10 +40,13 @@ def logged_steps(output_dir: Path) -> list[dict]:
 @pytest.mark.slow
 def test_yaml_trains_through_the_command(config, tmp_path):
     # PyYAML reads 5e-2 as text, which the parser must turn into a number. The command line wins over the file.
-    path = config(learning_rate="5e-2", max_steps=50, env={"TRL_RDRO_TEST": "1"}, num_processes=1)
-    result = run_process([*CLI, "dpo", "--config", path, "--max_steps", "2", "--mixed_precision", "no"])
+    path = config(learning_rate="5e-2", max_steps=50, env={"TRL_RDRO_TEST": "1"}, activation_checkpointing=None)
+    result = run_process([*CLI, "dpo", "--config", path, "--max_steps", "2", "--num_processes", "2", "--cpu"])
     assert result.returncode == 0, result.stderr
     first, second, *_ = logged_steps(tmp_path / "out")
+    assert second["epoch"] == 1  # 16 pairs in two steps of four on each of two processes
+    for noise in ("FutureWarning", "were not passed to `accelerate launch`"):
+        assert noise not in result.stderr
     assert first["loss"] == pytest.approx(2 * math.log(2), abs=1e-4)
     assert second["loss"] != first["loss"]
     assert first["learning_rate"] == pytest.approx(5e-2)
@@ -134,6 +137,36 @@ def test_launch_options_are_told_from_training_options(config, launched):
     assert args.training_script_args == ["dpo", "--max_steps", "2", "--config", path]
 
 
+@pytest.mark.parametrize("where", ["command line", "config"])
+def test_several_processes_on_a_cpu_are_several(config, launched, where):
+    argv = ["--accelerate_config", "single_gpu"] if where == "config" else ["--cpu"]
+    assert main(["dpo", "--config", config(), *argv, "--num_processes", "2"]) == 0
+    assert (launched[0].num_processes, launched[0].multi_gpu, launched[0].cpu) == (2, True, False)
+    assert ("--use_cpu" in launched[0].training_script_args) == (where == "command line")
+
+
+def test_one_process_unless_several_are_asked_for(config, launched, monkeypatch):
+    assert main(["dpo", "--config", config()]) == 0
+    assert (launched[0].num_processes, launched[0].multi_gpu, launched[0].num_machines) == (1, False, 1)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
+    assert main(["dpo", "--config", config()]) == 0
+    assert (launched[1].num_processes, launched[1].multi_gpu) == (4, True)
+
+
+def test_more_processes_than_devices_are_refused(config, launched, capsys, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
+    message = refusal(capsys, main(["dpo", "--config", config(), "--num_processes", "2"]))
+    assert "--num_processes 2 is more than the 1" in message and not launched
+
+
+def test_threads_are_those_of_the_machine(config, launched, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 6)
+    for argv in ([], ["--num_processes", "2"], ["--num_cpu_threads_per_process", "1"]):
+        assert main(["dpo", "--config", config(), *argv]) == 0
+    assert [args.num_cpu_threads_per_process for args in launched] == [6, 3, 1]
+
+
 def test_a_token_is_in_no_process_list(config, launched, monkeypatch):
     monkeypatch.delenv("TRL_RDRO_HUB_TOKEN", raising=False)
     path = config(hub_token="hf_of_the_file")
@@ -173,7 +206,7 @@ def test_another_run_is_refused_before_its_model_is_loaded(config, tmp_path, cap
 
 
 def test_accelerate_config_may_be_a_file(config, tmp_path, launched):
-    (tmp_path / "mine.yaml").write_text("num_processes: 1\n")
+    (tmp_path / "mine.yaml").write_text("distributed_type: 'NO'\nnum_processes: 1\n")
     assert main(["dpo", "--config", config(accelerate_config=str(tmp_path / "mine.yaml"))]) == 0
     assert launched[0].config_file == str(tmp_path / "mine.yaml")
 

@@ -16,10 +16,10 @@ from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
+from trl_rdro.compat import checkpointing
 from trl_rdro.compat import trl as trl_compat
 from trl_rdro.compat.trl_trainer import TrlTrainer
-from trl_rdro.configs.dpo_config import TRL_DPO_LOSSES
-from trl_rdro.configs.kto_config import TRL_KTO_LOSSES
+from trl_rdro.configs.loss_names import TRL_DPO_LOSSES, TRL_KTO_LOSSES
 
 from ..tiny import cpu_args, save_tiny, tiny_preferences
 
@@ -103,7 +103,8 @@ def test_what_multiplies_the_losses_of_rows_still_does():
 
 def test_helpers_and_hooks_exist():
     assert {"_get_fsdp_state"} <= set(dir(FSDPModule)) and callable(FSDPState._lazy_init), "last seen in torch 2.13"
-    assert callable(trl.models.utils.disable_gradient_checkpointing), LAST_SEEN
+    for module in checkpointing.TRL_MODULES:
+        assert module.disable_gradient_checkpointing is trl.models.utils.disable_gradient_checkpointing, LAST_SEEN
     for name in ("get_config_model_id", "create_model_from_path", "disable_dropout_in_model", "use_adapter"):
         assert callable(getattr(trl.trainer.utils, name)), LAST_SEEN
     assert callable(trl.models.prepare_deepspeed) and callable(trl.models.prepare_fsdp), LAST_SEEN

@@ -4,7 +4,8 @@ import pytest
 import trl
 
 from trl_rdro import DPOConfig, KTOConfig
-from trl_rdro.configs.dpo_config import F_DIVERGENCES, TRL_DPO_LOSSES
+from trl_rdro.configs.dpo_config import F_DIVERGENCES
+from trl_rdro.configs.loss_names import TRL_DPO_LOSSES
 
 from ..tiny import cpu_args, tiny_preferences
 from ..training import make_trainer

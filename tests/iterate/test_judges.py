@@ -236,3 +236,10 @@ def test_missing_labels_of_the_first_round_are_asked_for(config, tmp_path, capsy
     assert "to_label.jsonl" in message and "start the same command again" in message
     wanted = [json.loads(line) for line in (tmp_path / "out/round_000/to_label.jsonl").read_text().splitlines()]
     assert wanted and all(row["score"] is None for row in wanted)
+
+
+def test_a_judge_whose_package_is_missing_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    monkeypatch.delitem(sys.modules, "trl_rdro.iterate.rewards", raising=False)
+    with pytest.raises(UserError, match=r"needs vaderSentiment: pip install 'trl-rdro\[iterate\]'"):
+        load_function("trl_rdro.iterate.rewards.positivity")

@@ -11,6 +11,8 @@ import docs
 
 @pytest.mark.parametrize("name", docs.DOCUMENTS)
 def test_a_document_is_up_to_date(name):
+    if name == docs.OPTIONS and docs.read_table()["versions"] != docs.installed_versions():
+        pytest.skip("the options are of other releases")
     assert (docs.ROOT / name).read_text() == docs.written(name), "run python scripts/docs.py"
 
 

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from trl_rdro import DPOConfig, DPOTrainer
-from trl_rdro.configs.dpo_config import TRL_DPO_LOSSES
+from trl_rdro.configs.loss_names import TRL_DPO_LOSSES
 
 from ..loss_cases import KINDS, LOSS_CASES
 from ..tiny import cpu_args, tiny_preferences, tiny_qwen2, tiny_tokenizer, with_columns

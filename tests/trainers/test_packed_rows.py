@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 
 import trl_rdro
 from trl_rdro import DPOConfig
-from trl_rdro.configs.dpo_config import TRL_DPO_LOSSES
+from trl_rdro.configs.loss_names import TRL_DPO_LOSSES
 from trl_rdro.losses.types import LOSS_TYPES
 
 from ..packing.models import ARCHITECTURES

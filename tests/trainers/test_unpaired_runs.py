@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import trl_rdro
 from trl_rdro import KTOTrainer
 from trl_rdro.losses.types import of_family
 
@@ -152,6 +153,7 @@ def test_model_card_names_the_method(tmp_path, qwen2, loss_type, paper, title):
     card = Path(tmp_path, "README.md").read_text(encoding="utf-8")
     assert title in card and f"https://huggingface.co/papers/{paper}" in card
     assert f"trained with {loss_type.upper()}" in card
+    assert f"\n- trl_rdro: {trl_rdro.__version__}\n- TRL: " in card
     for tag in ("trl", loss_type, "trl-rdro"):
         assert f"\n- {tag}\n" in card
     assert {loss_type, "trl-rdro"} <= set(trainer.model.model_tags)
@@ -166,6 +168,7 @@ def test_learns_what_distinguishes_the_classes(tmp_path, qwen2, loss_type):
     after = trainer.evaluate()
     assert after["eval_loss"] < before["eval_loss"] - 0.1
     assert after["eval_logratios/chosen"] > after["eval_logratios/rejected"] + 0.5
+    assert not any("kl" in name for entry in trainer.state.log_history for name in entry)  # nothing estimates it
     assert before["eval_logratios/chosen"] == before["eval_logratios/rejected"] == 0
 
 

@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-from trl_rdro.configs.dpo_config import TRL_DPO_LOSSES
+from trl_rdro.configs.loss_names import TRL_DPO_LOSSES
 from trl_rdro.trainers.columns import WithColumns
 
 from ..loss_cases import LOSS_CASES

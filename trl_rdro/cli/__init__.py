@@ -10,6 +10,7 @@ from importlib import import_module
 
 from ..run.signals import ending_on_signals
 from .errors import report_user_errors
+from .option_table import refuse_at_once
 from .parsing import Parser
 
 
@@ -48,4 +49,5 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     with ending_on_signals():
+        refuse_at_once(command, argv[1:])
         return import_module(f".{command}", __package__).main(argv[1:])

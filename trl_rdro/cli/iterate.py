@@ -16,7 +16,7 @@ from trl import ModelConfig, ScriptArguments
 
 import trl_rdro
 from trl_rdro.checks.datasets import check_rows
-from trl_rdro.iterate.config import METHODS, IterateConfig
+from trl_rdro.iterate.config import IterateConfig
 from trl_rdro.iterate.judges import Judge, make_judge
 
 from ..errors import NotFinite, UserError, user_error
@@ -25,17 +25,14 @@ from ..run.lock import only_run_in
 from ..run.secrets import take_hub_token
 from ..run.signals import say_when_stopped
 from ..tools.loading import load_splits, require_split
-from ..tools.yaml_files import read_yaml
 from .errors import report_user_errors
 from .launch import launch_module, without
-from .parsing import Parser
+from .option_table import find_method, require_model_name
 from .train import find_model, make_output_dir
 from .training_options import (
     TrainingParser,
     parse_strictly,
     refuse_launch_flags,
-    require_model_name,
-    take_config,
 )
 
 
@@ -43,17 +40,6 @@ LOOP_MODULE = "trl_rdro.cli.iterate"
 # With TRL's 0.1 a logistic loss moves the policy ten times as far, beyond what the loop's defaults keep stable
 DEFAULT_BETA = 1.0
 GO_ON = "the same command goes on where this one was"
-
-
-def find_method(argv: list[str]) -> str:
-    """`dpo` or `kto`, which decides what options there are: from the command line, else from its YAML file."""
-    file, argv = take_config(argv)
-    parser = Parser(add_help=False)
-    parser.add_argument("--method", nargs="?")
-    method = parser.parse_known_args(argv)[0].method
-    if method is None and file is not None:
-        method = read_yaml(file).get("method")
-    return method if method in METHODS else METHODS[0]
 
 
 def make_parser(method: str) -> TrainingParser:
@@ -81,7 +67,7 @@ def parse(argv: list[str]) -> tuple[tuple, Judge, list[str], list[str]]:
     (config, script_args, args, model_args), launch_flags, from_command_line = parse_strictly(
         make_parser(find_method(argv)), argv
     )
-    require_model_name(model_args)
+    require_model_name(model_args.model_name_or_path)
     if script_args.dataset_name is None:
         raise UserError("no prompts given: set dataset_name (a hub id, directory or file with a column prompt)")
     with user_error(ValueError):

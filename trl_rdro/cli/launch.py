@@ -5,23 +5,30 @@ The options of `accelerate launch` may stand among the training options, on the 
 Parsing builds the configs, so a bad value ends the command before any process is started.
 """
 
+import argparse
 import importlib.resources
 import os
 import signal
 import subprocess
 from pathlib import Path
 
-from accelerate.commands.config.config_args import default_config_file
+import psutil
+import torch
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command
+from accelerate.utils import DistributedType
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..errors import UserError, user_error
+from ..log import get_logger
 from ..run.secrets import HUB_TOKEN_VARIABLE, split_hub_token
 from ..run.signals import passing_on_signals
 from .launch_settings import check_accelerate_config, check_flags
 from .training_options import make_launch_parser, parse
 
+
+logger = get_logger(__name__)
 
 TRAINING_MODULE = "trl_rdro.cli.train"
 
@@ -65,6 +72,8 @@ def launch_module(module: str, module_argv: list[str], launch_argv: list[str]) -
         check_accelerate_config(args.config_file)
     elif os.path.isfile(default_config_file):  # what `accelerate config` has written
         check_accelerate_config(default_config_file)
+    with user_error(ValueError, OSError):
+        args.training_script_args += settle_processes(args)
 
     # Where a training process fails it has already said why, in a sentence or a traceback.
     returncode = 0
@@ -79,6 +88,38 @@ def launch_module(module: str, module_argv: list[str], launch_argv: list[str]) -
         except ChildFailedError as error:
             returncode = error.get_first_failure()[1].exitcode
     return 128 + received[0] if received else exit_code(returncode)
+
+
+def settle_processes(args: argparse.Namespace) -> list[str]:
+    """
+    Say to `accelerate launch` what it would guess and list in six lines, and have it start as many processes as are
+    asked for: with `--cpu`, with one device or with a config for one it starts a single process without a word.
+
+    Returns:
+        Options for the training command.
+    """
+    devices = torch.accelerator.device_count()
+    on_cpu, options = args.cpu or devices == 0, []
+    if args.config_file is None and (args.cpu or not os.path.isfile(default_config_file)):
+        config, is_set = None, args.num_processes is not None
+        args.num_processes = args.num_processes or (1 if on_cpu else devices)
+        args.num_machines, args.mixed_precision = args.num_machines or 1, args.mixed_precision or "no"
+        args.dynamo_backend = args.dynamo_backend or "no"
+    else:
+        config, is_set = load_config_from_file(args.config_file), True
+    processes = args.num_processes or config.num_processes
+    has_launcher = config is not None and config.distributed_type not in (None, DistributedType.NO)
+    launchers = ("multi_gpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "tpu", "mpirun_hostfile")
+    if processes > 1 and not has_launcher and not any(getattr(args, name) for name in launchers):
+        if not on_cpu and devices < processes and (args.num_machines or 1) == 1:
+            raise UserError(f"--num_processes {processes} is more than the {devices} of this machine's devices")
+        if not is_set:
+            logger.info(f"{processes} processes, one for each device; --num_processes 1 starts one.")
+        options = ["--use_cpu"] if args.cpu else []
+        args.multi_gpu, args.cpu = True, False  # the launcher of several, on CPUs too
+    if on_cpu and args.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in os.environ:
+        args.num_cpu_threads_per_process = max((psutil.cpu_count(logical=False) or 1) // max(processes, 1), 1)
+    return options
 
 
 def exit_code(returncode: int) -> int:

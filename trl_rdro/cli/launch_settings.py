@@ -23,7 +23,8 @@ from accelerate.utils.constants import (
     FSDP_STATE_DICT_TYPE,
 )
 
-from ..configs.validation import Range, alternatives, require, require_choice
+from ..configs.choices import require_choice
+from ..configs.validation import Range, alternatives, require
 from ..errors import UserError, user_error
 from ..tools.yaml_files import read_yaml
 

@@ -28,6 +28,22 @@ class Parser(SentenceErrors, argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
 
+def take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The file after `--config`, and the command line without it."""
+    file, rest, tokens = None, [], iter(argv)
+    for token in tokens:
+        option, equals, value = token.partition("=")
+        if option != "--config":
+            rest.append(token)
+        elif file is not None:
+            raise UserError("--config is given twice: put the settings into one file")
+        else:
+            file = value if equals else next(tokens, "")
+            if not file:
+                raise UserError("expected a file name after --config")
+    return file, rest
+
+
 def require_between(option: str, value: float | None, least: float, most: float = math.inf) -> None:
     """Refuse an option's value that is not finite or not between the bounds, both included; None is not given."""
     if value is not None and not (least <= value <= most and value != math.inf):

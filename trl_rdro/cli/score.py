@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import UserError, user_error
 from .parsing import Parser, require_between, require_directory_of
+from .score_notes import notes
 from .tables import aligned
 
 
@@ -153,7 +154,8 @@ def report(result: dict[str, Any]) -> str:
         f"{result['model']} ({result['dtype']}) on {result['dataset']}, split {result['split']}, {result['format']}",
         f"Score: {what}; ± one standard error" + "".join(f"; {text}" for text in lost),
     ]
-    return "\n".join([*head, "", *table(result)])
+    below = notes(result)
+    return "\n".join([*head, "", *table(result), *[""] * bool(below), *below])
 
 
 def beta_of(args: argparse.Namespace) -> float:

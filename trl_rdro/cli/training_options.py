@@ -6,9 +6,7 @@ what it does not know and takes over whatever value a file holds, and here a mis
 ends the run before anything is loaded.
 """
 
-import difflib
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
@@ -16,12 +14,14 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 import trl_rdro
 
+from ..configs.choices import require_choice
 from ..configs.ranges import RANGES
-from ..configs.validation import require_choice, validate_fields
+from ..configs.validation import validate_fields
 from ..errors import UserError, user_error
 from ..tools.yaml_files import read_yaml
 from .field_values import converted, field_hints, require_mappings
-from .parsing import Parser, SentenceErrors
+from .option_table import refuse_unknown, require_data, require_model_name
+from .parsing import Parser, SentenceErrors, take_config
 
 
 class TrainingParser(SentenceErrors, TrlParser):
@@ -51,22 +51,6 @@ def make_launch_parser() -> Parser:
     return parser
 
 
-def take_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The file after `--config`, and the command line without it."""
-    file, rest, tokens = None, [], iter(argv)
-    for token in tokens:
-        option, equals, value = token.partition("=")
-        if option != "--config":
-            rest.append(token)
-        elif file is not None:
-            raise UserError("--config is given twice: put the settings into one file")
-        else:
-            file = value if equals else next(tokens, "")
-            if not file:
-                raise UserError("expected a file name after --config")
-    return file, rest
-
-
 def parse_strictly(parser: TrainingParser, argv: list[str]) -> tuple[list, list[str], list[str]]:
     """
     Parse the command line and its YAML file, and refuse what neither `parser` nor `accelerate launch` knows.
@@ -83,7 +67,7 @@ def parse_strictly(parser: TrainingParser, argv: list[str]) -> tuple[list, list[
     from_file = parser.set_defaults_with_config(**settings)
     launch_actions = make_launch_parser()._option_string_actions
     options = [*from_file[::2], *(token for token in parser.parse_known_args(argv)[1] if token.startswith("--"))]
-    _refuse_unknown(options, parser._option_string_actions, launch_actions)
+    refuse_unknown(options, parser._option_string_actions, launch_actions)
     with user_error(ValueError, TypeError, OSError, ImportError):
         for action in parser._actions:
             if action.dest in settings and action.choices is not None:  # argparse does not look at defaults
@@ -109,13 +93,6 @@ def parse_strictly(parser: TrainingParser, argv: list[str]) -> tuple[list, list[
     return parsed, launch_flags, from_command_line
 
 
-def _refuse_unknown(options: list[str], *known: Mapping[str, Any]) -> None:
-    for option in (token.partition("=")[0] for token in options):
-        if not any(option in actions for actions in known):
-            near = difflib.get_close_matches(option, [name for actions in known for name in actions], n=1)
-            raise UserError(f"unknown option {option}" + (f", did you mean {near[0]}?" if near else ""))
-
-
 def _set_environment(variables: Any) -> None:
     """Set the environment variables of a YAML file, as TRL does."""
     if not isinstance(variables, dict) or any(isinstance(value, (dict, list)) for value in variables.values()):
@@ -133,15 +110,9 @@ def parse(method: str, argv: list[str]) -> tuple[tuple, list[str], list[str]]:
     """
     parsed, launch_flags, from_command_line = parse_strictly(make_parser(method), argv)
     script_args, training_args, model_args, dataset_args = parsed
-    require_model_name(model_args)
-    if script_args.dataset_name is None and not dataset_args.datasets:
-        raise UserError("no dataset given: set dataset_name (a hub id, directory or file) or a list of datasets")
+    require_model_name(model_args.model_name_or_path)
+    require_data(script_args.dataset_name or dataset_args.datasets)
     return (script_args, training_args, model_args, dataset_args), launch_flags, from_command_line
-
-
-def require_model_name(model_args: ModelConfig) -> None:
-    if model_args.model_name_or_path is None:
-        raise UserError("no model given: set model_name_or_path to a local directory or a hub id")
 
 
 def refuse_launch_flags(unused: list[str]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
-from trl.models.utils import disable_gradient_checkpointing
 
+from .checkpointing import checkpointing_off
 from .trl_trainer import TrlTrainer
 
 
@@ -80,22 +80,22 @@ def settle_fsdp2(model: torch.nn.Module | None) -> None:
 @contextmanager
 def without_checkpointing(trainer: TrlTrainer):
     """For gradient-free forwards: reentrant gradient checkpointing warns in them."""
-    with torch.no_grad(), disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+    with torch.no_grad(), checkpointing_off(trainer.model, trainer.args.activation_checkpointing_kwargs):
         yield
 
 
 @contextmanager
 def non_reentrant_checkpointing(trainer: TrlTrainer):
     """For gradients with respect to inputs, which reentrant gradient checkpointing cannot give."""
-    kwargs = trainer.args.gradient_checkpointing_kwargs
-    reentrant = trainer.model.is_gradient_checkpointing and (kwargs or {}).get("use_reentrant")
+    kwargs = trainer.args.activation_checkpointing_kwargs
+    reentrant = trainer.model.is_activation_checkpointing and (kwargs or {}).get("use_reentrant")
     if reentrant:
-        trainer.model.gradient_checkpointing_enable({**kwargs, "use_reentrant": False})
+        trainer.model.activation_checkpointing_enable({**kwargs, "use_reentrant": False})
     try:
         yield
     finally:
         if reentrant:
-            trainer.model.gradient_checkpointing_enable(kwargs)
+            trainer.model.activation_checkpointing_enable(kwargs)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, use_adapter
 
+from .checkpointing import checkpointing_off
 from .trl import completion_logps, policy_forward
 
 
@@ -49,10 +49,9 @@ def second_reference_logps(trainer: Any, reference: Any, inputs: dict[str, Any])
     if not isinstance(reference, str):
         return torch.cat(trainer.compute_ref_log_probs(reference, inputs))
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-    kwargs = trainer.args.gradient_checkpointing_kwargs
     with (
         torch.no_grad(),
-        disable_gradient_checkpointing(trainer.model, kwargs),
+        checkpointing_off(trainer.model, trainer.args.activation_checkpointing_kwargs),
         use_adapter(unwrapped, reference),
         trainer.accelerator.autocast(),
     ):

@@ -22,6 +22,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
 from trl.trainer.utils import get_config_model_id
 
+from .checkpointing import quiet_checkpointing
 from .engines import settle_fsdp2
 from .trl_trainer import TrlTrainer
 
@@ -101,11 +102,13 @@ def overrides_compute_loss(trainer: TrlTrainer) -> bool:
 
 
 @contextmanager
-def unchanged_requires_grad(model: torch.nn.Module):
-    """For the reference pass: PEFT lets frozen adapter weights require gradients when it switches adapters."""
+def reference_pass(model: torch.nn.Module):
+    """For TRL's own: PEFT lets frozen adapter weights require gradients when it switches adapters, and TRL switches
+    checkpointing off by names that warn."""
     before = [(p, p.requires_grad) for p in model.parameters()] if is_peft_model(model) else []
     try:
-        yield
+        with quiet_checkpointing():
+            yield
     finally:
         for parameter, required in before:
             if parameter.requires_grad != required:
@@ -291,6 +294,7 @@ def unpaired_metrics(
         result = trl.KTOTrainer._compute_loss(
             trainer, _replay(model, outputs), {**inputs, "ref_logps": ref_logps}, return_outputs
         )
+    trainer._metrics["train" if trainer.model.training else "eval"].pop("kl")  # 0: nothing estimates it
     return result[1] if return_outputs else None
 
 

@@ -1,13 +1,14 @@
 """TRL's `DPOConfig` with our losses."""
 
-import re
 from dataclasses import dataclass, field
 
 import trl
 
 from ..log import get_logger
 from ..losses.types import LOSS_TYPES, in_use, of_family
+from .choices import require_choice, require_loss_type
 from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig, require_cap_above_start
+from .loss_names import DPO_LOSS_TYPE_HELP, LOSSES_OF
 from .packing_config import PackingConfig
 from .pair_loss_config import PairLossConfig
 from .ranges import RANGES
@@ -15,7 +16,7 @@ from .run_config import RunConfig
 from .structures import validate_structures
 from .trl_losses import ABOVE_ZERO, FLIPPED, refuse_combinations, refuse_pair_losses
 from .unused_options import warn_of_unused_options
-from .validation import require, require_choice, require_reverse_kl, validate_fields
+from .validation import require, require_reverse_kl, validate_fields
 
 
 logger = get_logger(__name__)
@@ -32,9 +33,6 @@ SMOOTHED_INNER_LOSSES = {"sigmoid", "cdpo"}
 # Density ratios and likelihoods are of the log-ratio itself; for them beta only scales the logged rewards
 LOSSES_WITHOUT_BETA = {*DENSITY_RATIO_LOSSES, "sft"}
 
-_TRL_LOSS_TYPE_HELP = trl.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
-# TRL does not validate `loss_type`, and names the possible ones in its help text only
-TRL_DPO_LOSSES = tuple(re.findall(r"`'(\w+)'`", _TRL_LOSS_TYPE_HELP))
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
@@ -90,7 +88,7 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, PackingConfig, RunConfig, tr
     loss_type: list[str] | str = field(  # type: ignore[assignment]  # a name becomes a list of one
         default_factory=lambda: ["sigmoid"],
         metadata={
-            "help": _TRL_LOSS_TYPE_HELP
+            "help": DPO_LOSS_TYPE_HELP
             + " With trl_rdro also: "
             + ", ".join(f"`'{name}'` ({loss.summary})" for name, loss in LOSS_TYPES.items())
             + "."
@@ -193,7 +191,7 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, PackingConfig, RunConfig, tr
         if not isinstance(self.loss_type, (list, tuple)) or not self.loss_type:
             raise ValueError(f"`loss_type` must be a name or a list of names, got {self.loss_type!r}.")
         for loss_type in self.loss_type:
-            require_choice("loss_type", loss_type, [*TRL_DPO_LOSSES, *OUR_DPO_LOSSES])
+            require_loss_type(loss_type, "dpo", LOSSES_OF)
 
     def _validate_loss_weights(self) -> None:
         weights = self.loss_weights

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 
 import trl
 
+from .choices import require_loss_type
 from .density_ratio_config import DENSITY_RATIO_LOSSES, DensityRatioConfig, require_cap_above_start
+from .loss_names import LOSSES_OF
 from .packing_config import PackingConfig
 from .ranges import RANGES
 from .run_config import RunConfig
@@ -15,8 +17,6 @@ from .validation import require, validate_fields
 
 
 _TRL_FIELDS = trl.KTOConfig.__dataclass_fields__
-TRL_KTO_LOSSES = tuple(_TRL_FIELDS["loss_type"].metadata["choices"])
-KTO_LOSSES = [*TRL_KTO_LOSSES, *DENSITY_RATIO_LOSSES]
 
 
 @dataclass
@@ -45,8 +45,7 @@ class KTOConfig(DensityRatioConfig, PackingConfig, RunConfig, trl.KTOConfig):
     loss_type: str = field(
         default="kto",
         metadata={
-            "help": f"Type of loss to use: {', '.join(f'`{name}`' for name in KTO_LOSSES)}.",
-            "choices": KTO_LOSSES,
+            "help": f"Type of loss to use: {', '.join(f'`{name}`' for name in LOSSES_OF['kto'])}.",
         },
     )
     preferred_fraction: float | None = field(
@@ -66,6 +65,7 @@ class KTOConfig(DensityRatioConfig, PackingConfig, RunConfig, trl.KTOConfig):
     )
 
     def __post_init__(self):
+        require_loss_type(self.loss_type, "kto", LOSSES_OF)
         validate_fields(self, RANGES)
         validate_structures(self)
         self._validate_run()

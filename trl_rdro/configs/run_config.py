@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
-from .validation import require_choice
+from .choices import require_choice
 
 
 _NEVER_LISTED = {"azure_ml", "flyte"}  # among the trackers that transformers finds; it does not look for them always
@@ -39,6 +39,7 @@ class RunConfig:
     )
 
     def _validate_run(self) -> None:
+        self._name_checkpointing()
         self._validate_trackers(vars(self)["report_to"])  # TRL's field
         if self.plot and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("`plot=True` needs matplotlib: `pip install 'trl-rdro[plot]'`, or set `plot=False`.")
@@ -46,6 +47,12 @@ class RunConfig:
             raise ValueError(
                 "`use_liger_kernel=True` needs Liger: `pip install liger-kernel`, or set `use_liger_kernel=False`."
             )
+
+    def _name_checkpointing(self) -> None:
+        """TRL switches it on under the name that transformers deprecates, and warns of its own default."""
+        fields = vars(self)
+        if fields["activation_checkpointing"] is None and fields["gradient_checkpointing"] is True:
+            fields["activation_checkpointing"] = True
 
     def _validate_trackers(self, report_to: str | list[str] | None) -> None:
         """What the Trainer says of `report_to` once the model is loaded."""

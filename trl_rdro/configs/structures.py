@@ -19,7 +19,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption
 
 from ..log import get_logger
-from .validation import Range, alternatives, require, require_choice
+from .choices import require_choice
+from .validation import Range, alternatives, require
 
 
 logger = get_logger(__name__)

@@ -4,19 +4,20 @@ choices are those of the command line's help, the range stands in a table.
 Each check raises `ValueError` with one sentence: what is wrong, the value seen, the value expected, what to do."""
 
 import dataclasses
-import difflib
 import functools
 import math
 import os
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any
 
 from transformers.trainer_pt_utils import AcceleratorConfig
+
+from .choices import require_choice
 
 
 # Of libraries that take more than their annotations say
@@ -168,15 +169,6 @@ def _repair(value: Any, kinds: tuple) -> str:
         texts = [x for x in value if isinstance(x, str)]
         return f"YAML reads {texts[0]!r} as text: a number there has a point, as in 1.0e-3." if texts else ""
     return ""
-
-
-def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse `value` unless it is one of `choices`, and name the nearest."""
-    if isinstance(value, str) and value in choices:
-        return
-    near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"`{name}` has no value {value!r}.{hint} Choose from {', '.join(map(repr, choices))}.")
 
 
 def require_reverse_kl(loss_types: list[str], f_divergence_type: str) -> None:

@@ -45,6 +45,8 @@ def load_function(path: str) -> Callable[..., list[float]]:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
+    except UserError:
+        raise
     except FAILURES as error:
         raise UserError(
             f"Cannot import the function {path!r} (`package.module.function`): {_what_and_where(error)}."

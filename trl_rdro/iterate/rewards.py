@@ -1,7 +1,7 @@
 """
 A reward function that needs neither a hub nor a GPU, for trying the loop.
 
-    pip install vaderSentiment
+    pip install 'trl-rdro[iterate]'
     trl-rdro iterate --config recipes/iterate.yaml --reward_funcs trl_rdro.iterate.rewards.positivity ...
 
 A reward function has TRL's signature: `prompts` and `completions` are lists of equal length, of texts or
@@ -9,7 +9,17 @@ conversations, and the other columns of the data come as keyword arguments.
 """
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
+
+from ..errors import UserError
+
+
+if find_spec("vaderSentiment") is None:  # said where a judge is looked for, before a model is loaded
+    raise UserError(
+        "The reward function `trl_rdro.iterate.rewards.positivity` needs vaderSentiment: pip install "
+        "'trl-rdro[iterate]', or give one of your own."
+    )
 
 
 @cache

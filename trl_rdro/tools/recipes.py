@@ -119,7 +119,8 @@ def copy(name: str, directory: str) -> Path:
     """Put a recipe into `directory`, which is made, and return its path. Nothing is overwritten."""
     recipe = find(name)
     target = Path(directory) / recipe.path.name
-    text = localised(recipe, target)
+    # Its launch lines work from where the user is: here by its name, elsewhere by the whole path
+    text = localised(recipe, target if directory == "." else target.resolve())
     with user_error(OSError):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

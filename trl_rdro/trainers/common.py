@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from ..losses.types import LOSS_TYPES
-
 
 def require_own_config(args: Any, ours: list[str], config_class: type) -> None:
     """Refuse a plain TRL config with one of our losses: it lacks their fields and was not validated."""
@@ -13,11 +11,3 @@ def require_own_config(args: Any, ours: list[str], config_class: type) -> None:
             f"`loss_type={ours[0]!r}` needs `trl_rdro.{name}`, got `{type(args).__module__}.{type(args).__name__}`. "
             f"Import `{name}` from trl_rdro."
         )
-
-
-def describe_in_model_card(trainer: Any, ours: list[str]) -> None:
-    """Let model cards name the method and the paper of the loss in use."""
-    if ours:
-        trainer._paper = LOSS_TYPES[ours[0]].paper
-        trainer._name = ours[0].upper()
-        trainer._tag_names = [*trainer._tag_names, *ours, "trl-rdro"]

@@ -13,9 +13,10 @@ from ..losses.types import LOSS_TYPES, column_names, in_use
 from . import objectives
 from .checked_inputs import CheckedInputs
 from .columns import Columns, needed_columns, split_columns, weighted
-from .common import describe_in_model_card, require_own_config
+from .common import require_own_config
 from .input_gradient_penalty import InputGradientPenalty
 from .loss_state import StatefulLosses, require_known_groups
+from .model_cards import ModelCards
 from .packed_rows import PackedRows, is_asked_for, refuse_before_loading
 from .reweighting import Reweighting
 from .safeguards import Safeguards
@@ -36,6 +37,7 @@ class DPOTrainer(
     Columns,
     PackedRows,
     Throughput,
+    ModelCards,
     Safeguards,
     CheckedInputs,
     trl.DPOTrainer,
@@ -104,7 +106,7 @@ class DPOTrainer(
         config = self._check_model(model, args, processing_class, **kwargs)
         refuse_before_loading(config, args, example, kwargs.get("peft_config"))
         self._ours = ours
-        describe_in_model_card(self, ours)
+        self._describe_in_model_card()
         with trl_compat.padding_free_is_ours() if is_asked_for(args) else nullcontext():
             super().__init__(
                 model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
@@ -131,7 +133,7 @@ class DPOTrainer(
         inputs, columns = split_columns(inputs)
         their_weights = None if "weight" in inputs else columns.get("weight")  # TRL's, once it reads them itself
         if not ours and their_weights is None:
-            with trl_compat.unchanged_requires_grad(self.model):
+            with trl_compat.reference_pass(self.model):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs, step = split_step(inputs)

@@ -18,7 +18,8 @@ from ..losses.types import LOSS_TYPES
 from . import objectives
 from .checked_inputs import CheckedInputs
 from .columns import Columns, split_columns, weighted
-from .common import describe_in_model_card, require_own_config
+from .common import require_own_config
+from .model_cards import ModelCards
 from .packed_rows import PackedRows, refuse_before_loading
 from .safeguards import Safeguards
 from .step import split_step, with_steps
@@ -28,7 +29,7 @@ from .throughput import Throughput
 logger = get_logger(__name__)
 
 
-class KTOTrainer(Columns, PackedRows, Throughput, Safeguards, CheckedInputs, trl.KTOTrainer):
+class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, CheckedInputs, trl.KTOTrainer):
     """
     [`trl.KTOTrainer`] whose `loss_type` can also be `"ddro"` or `"rdro"`. Takes the same arguments; runs with TRL's
     own losses are TRL's, to the last bit.
@@ -92,8 +93,8 @@ class KTOTrainer(Columns, PackedRows, Throughput, Safeguards, CheckedInputs, trl
             require_cap_above_start_of(args, self.preferred_fraction)
         config = self._check_model(model, args, processing_class, **kwargs)
         refuse_before_loading(config, args, example, kwargs.get("peft_config"))
-        describe_in_model_card(self, ours)
         self._ours = ours
+        self._describe_in_model_card()
         self._evaluated_fraction = self.preferred_fraction
         with trl_compat.without_kl(args) if ours else nullcontext():
             super().__init__(
@@ -172,7 +173,7 @@ class KTOTrainer(Columns, PackedRows, Throughput, Safeguards, CheckedInputs, trl
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs, columns = split_columns(inputs)
         if not self._ours:
-            with trl_compat.unchanged_requires_grad(self.model):
+            with trl_compat.reference_pass(self.model):
                 if "weight" in columns and "weight" not in inputs:  # which TRL reads itself once it does
                     return trl_compat.unpaired_loss(self, model, inputs, return_outputs, columns["weight"])
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

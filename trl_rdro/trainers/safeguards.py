@@ -168,7 +168,7 @@ class Safeguards(Checkpoints):
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model, inputs):
-        with trl_compat.unchanged_requires_grad(self.model):
+        with trl_compat.reference_pass(self.model):
             return super().compute_ref_log_probs(model, inputs)
 
     def _brings_reference(self, dataset: Any) -> bool:
