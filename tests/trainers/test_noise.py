@@ -7,6 +7,7 @@ from transformers.integrations.neftune import activate_neftune
 
 from trl_rdro import DPOTrainer
 from trl_rdro.trainers.noise import NoiseState
+from trl_rdro.trainers.step import Step
 
 from ..tiny import tiny_preferences, tiny_qwen2, tiny_tokenizer
 from ..training import SGD, make_trainer
@@ -93,16 +94,20 @@ def test_wdpo_under_noise_is_exact_for_its_masks(tmp_path, noise, checkpointing)
     assert (gradient(trainer) - exact).norm() > 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["one pass", "weighed before"])
 @pytest.mark.parametrize("noise", NOISES)
-def test_kldpo_weights_belong_to_the_losses_they_multiply(tmp_path, noise):
+def test_kldpo_weights_belong_to_the_losses_they_multiply(tmp_path, noise, before, monkeypatch):
     """With micro-batches of one the mean of the step's weighted losses is tau log mean exp(l / tau) only if the losses
     of the pass that is trained on are those of the pass before it."""
     tau = 0.02
+    if before:
+        monkeypatch.setattr(DPOTrainer, "_reason_to_weigh_before", lambda self: "a test")
     trainer = make(tmp_path, noise, rows=1, loss_type="kldpo", kldpo_tau=tau, gradient_accumulation_steps=8, beta=0.5)
     seen, prepare = [], trainer._prepare_step
     trainer._prepare_step = lambda batch_samples: (prepare(batch_samples), seen.extend(batch_samples))[0]
     trainer.train()
-    losses = next(value for value in seen[0].values() if hasattr(value, "all_pair_losses")).all_pair_losses
+    step = next(value for value in seen[0].values() if isinstance(value, Step))
+    losses = (step if before else step.weights).all_pair_losses
     expected = tau * (torch.logsumexp(losses.double() / tau, 0) - torch.tensor(8.0).double().log())
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
 

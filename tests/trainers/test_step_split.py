@@ -93,12 +93,22 @@ def test_kldpo_refuses_a_micro_batch_without_its_step(qwen2, tmp_path):
         trainer.compute_loss(trainer.model.train(), next(iter(trainer.get_train_dataloader())))
 
 
-def test_kldpo_extra_cost_is_one_policy_forward_per_micro_batch(qwen2, tmp_path):
-    """And none for the reference, whose log-probabilities are reused."""
+def test_kldpo_costs_no_more_forwards_than_dpo(qwen2, tmp_path):
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1}
     trainer = make_trainer(qwen2, tmp_path, loss_type="kldpo", **settings)
+    assert forwards(trainer) == {"policy": 4, "reference": 4}
+
+
+def test_weights_known_before_cost_one_policy_forward_per_micro_batch(qwen2, tmp_path):
+    """And none for the reference, whose log-probabilities are reused."""
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1}
+    trainer = make_trainer(qwen2, tmp_path, loss_type=["kldpo", "sigmoid"], **settings)
+    assert forwards(trainer) == {"policy": 8, "reference": 4}
+
+
+def forwards(trainer) -> dict[str, int]:
     counts = {"policy": 0, "reference": 0}
     for name, model in (("policy", trainer.model), ("reference", trainer.ref_model)):
         model.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
     trainer.train()
-    assert counts == {"policy": 8, "reference": 4}
+    return counts

@@ -70,6 +70,37 @@ def full_precision_adapters(trainer: TrlTrainer) -> str | None:
     return "float32"
 
 
+def reason_not_to_scale_gradients(accelerator: Any) -> str | None:
+    """Why `scale_gradients` would not reach all that an engine has accumulated; `None`: it does."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return "DeepSpeed keeps the gradients to itself"
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        return "FSDP1 keeps the gradients to itself"
+    return None
+
+
+@torch.no_grad()
+def scale_gradients(model: torch.nn.Module, factor: float) -> None:
+    """Multiply what was accumulated in the gradients of `model`, reduced over the ranks or not yet."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for parameter in _fsdp2_parameters(module):
+                unsharded = getattr(parameter, "_unsharded_param", None)  # not before the first forward
+                gradients += [parameter.unsharded_accumulated_grad, None if unsharded is None else unsharded.grad]
+    once = {id(gradient): gradient for gradient in gradients if gradient is not None}
+    for gradient in once.values():
+        gradient.mul_(factor)
+
+
+def _fsdp2_parameters(module: FSDPModule) -> list[Any]:
+    """What FSDP2 holds of the module's own parameters: in a list of groups, or in older versions of PyTorch in one."""
+    state: Any = module._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [parameter for group in groups if group is not None for parameter in group.fsdp_params]
+
+
 def settle_fsdp2(model: torch.nn.Module | None) -> None:
     """Let FSDP2 initialise itself now. Otherwise it does so in the first forward and takes the gradients' dtype from
     the parameters trainable then, which are none where the first is that of a reference with adapters off."""

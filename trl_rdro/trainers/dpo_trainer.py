@@ -57,8 +57,9 @@ class DPOTrainer(
     that need them (`docs/losses.md`).
 
     KLDPO and Dr. DPO weigh the pairs of a whole optimiser step, over ranks and accumulated micro-batches. With
-    `gradient_accumulation_steps > 1` this costs one gradient-free policy forward per micro-batch. In evaluation the
-    weights are those of each evaluation batch. WDPO makes one more forward, a backward to the embeddings, and trains
+    `gradient_accumulation_steps > 1` this costs one gradient-free policy forward per micro-batch where the gradients
+    cannot be divided at the step's end, such as with DeepSpeed (see `reweighting.py`). In evaluation the weights are
+    those of each evaluation batch. WDPO makes one more forward, a backward to the embeddings, and trains
     on a batch of twice the size (see `input_gradient.py`).
 
     Raises:
@@ -113,6 +114,7 @@ class DPOTrainer(
             )
         self._set_up_safeguards(model, given_reference=ref_model is not None)
         self._set_up_columns()
+        self._set_up_reweighting()
         self._set_up_input_gradient_penalty()
         self._set_up_loss_state()
         self._set_up_second_reference()

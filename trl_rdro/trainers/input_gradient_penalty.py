@@ -7,6 +7,7 @@ import torch
 from .. import losses
 from ..compat import engines
 from ..compat import trl as trl_compat
+from .graphs import value_and_gradient
 from .hosts import PairHost
 from .input_gradient import FiniteDifferenceStep, input_gradient, perturbed_slopes
 from .noise import NoiseState
@@ -75,8 +76,8 @@ class InputGradientPenalty(PairHost):
         total = gradient.norms.sum()
         metrics["wdpo/gap"] = (slopes.detach() - gradient.norms).abs().sum() / total.clamp(min=1e-30)
         metrics["wdpo/eps"] = total.new_full((), relative_step)
-        outputs.log_probs = _value_and_gradient(outputs.log_probs, log_probs)
-        return outputs, _value_and_gradient(gradient.norms, slopes)
+        outputs.log_probs = value_and_gradient(outputs.log_probs, log_probs)
+        return outputs, value_and_gradient(gradient.norms, slopes)
 
     def _unwrapped(self, model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
         """The model without its wrappers, and its input embeddings. Looked up once for each wrapper: accelerate looks
@@ -110,8 +111,3 @@ class InputGradientPenalty(PairHost):
     def _finite_difference_step(self) -> FiniteDifferenceStep:
         # Looked up, because resuming can replace callbacks
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, FiniteDifferenceStep))
-
-
-def _value_and_gradient(value: torch.Tensor, graph: torch.Tensor) -> torch.Tensor:
-    """A tensor with the value of one and the gradient of the other."""
-    return value.detach() + (graph - graph.detach())
