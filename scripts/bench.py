@@ -27,6 +27,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several GPUs one, or the Trainer multiplies the batch
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

@@ -329,13 +329,22 @@ def peak_bytes(run: Run, steps: int = 2) -> int:
         return profiled_peak(profiler)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the GPU's memory was too small. PyTorch's allocator has an exception for that, cuBLAS, cuDNN and Triton
+    say it in a message; cuBLAS that finds no room for itself calls itself not initialised."""
+    words = ("out of memory", "STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 def largest_batch(run: Run, most: int = 512) -> int:
     """The largest power of two of pairs that a step fits on the GPU with, 0 if not one does."""
     fits = 0
     while fits < most:
         try:
             peak_bytes(replace(run, batch=max(2 * fits, 1)), steps=1)
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             break
         fits = max(2 * fits, 1)
     return fits

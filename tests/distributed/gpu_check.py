@@ -7,7 +7,7 @@ Run what needs a GPU, and write down what came of it.
 The engine tests run on a CPU. This runs the cells that they cannot reach: attention kernels, fp16, the 4-bit kernels,
 DeepSpeed and FSDP2 over NCCL. A check trains a small model, built from a config, twice for three steps, once in a
 plain way and once in its own, and compares losses, gradient norms and parameters as the engine tests do. Each run is a
-process of its own.
+process of its own, on the first GPU unless CUDA_VISIBLE_DEVICES says otherwise.
 
 Where there is no GPU, a check runs on the CPU if it can; its status is "untested" all the same. The exit code is 1 if
 a check failed.
@@ -287,6 +287,8 @@ def main() -> int:
         train(Run(**args.run), args.losses[0], args.output)
         return 0
 
+    # Of several GPUs one, or the Trainer multiplies the batch. Before CUDA is initialised, and for the processes below
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     import torch
 
     cuda = torch.cuda.is_available()

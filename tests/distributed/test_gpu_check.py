@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ..helpers import ROOT
-from .gpu_check import CHECKS
+from .gpu_check import CHECKS, main
 
 
 @pytest.mark.slow
@@ -43,3 +43,16 @@ def test_the_committed_report_names_every_check():
     assert {name: check["what"] for name, check in report["checks"].items()} == {
         name: check.what for name, check in CHECKS.items()
     }
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "0"), ("2,3", "2,3")])
+def test_one_gpu_unless_told_otherwise(tmp_path, monkeypatch, given, used):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")  # so that it is put back
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(
+        sys, "argv", ["gpu_check", "--only", "fp16", "--losses", "rdro", "--output", f"{tmp_path}/r.json"]
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main() == 0
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == used

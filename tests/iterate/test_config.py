@@ -1,11 +1,15 @@
 """`IterateConfig`: what it refuses, alone and with the trainer's config."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
 
 from trl_rdro import DPOConfig, KTOConfig
+from trl_rdro.cli.iterate import parse
+from trl_rdro.errors import UserError
 from trl_rdro.iterate.config import IterateConfig
+from trl_rdro.iterate.vllm_sampling import max_lora_rank
 
 from ..tiny import cpu_args
 
@@ -54,6 +58,7 @@ def config(**changes) -> IterateConfig:
         ({"preference_func": "a.b"}, "got reward_funcs and preference_func"),
         ({"reward_weights": [1.0, 2.0]}, "a weight for each of the 1 `reward_funcs`, got 2"),
         ({"use_vllm": True}, "`use_vllm=True` needs vLLM"),
+        ({"vllm_gpu_memory_utilization": 0.0}, "`vllm_gpu_memory_utilization` must be a number"),
     ],
 )
 def test_bad_field_is_refused(changes, sentence):
@@ -107,6 +112,21 @@ def test_vllm_is_refused_in_several_processes(tmp_path, monkeypatch):
     args = SimpleNamespace(**{**vars(DPOConfig(**cpu_args(output_dir=str(tmp_path)))), "world_size": 2})
     with pytest.raises(ValueError, match="samples in one process, got 2"):
         config(use_vllm=True).validate_with(args)
+
+
+def test_vllm_has_sizes_of_its_own_for_adapters():
+    assert [max_lora_rank(rank) for rank in (1, 8, 12, 16, 200, 512)] == [8, 8, 16, 16, 256, 512]
+    with pytest.raises(ValueError, match="rank 512 at most, got `lora_r=513`"):
+        max_lora_rank(513)
+
+
+def test_vllm_refuses_a_rank_before_anything_is_loaded(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "vllm" or find_spec(name, *rest))
+    argv = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--reward_funcs", VOWELS, "--use_vllm"]
+    argv += ["--model_name_or_path", "m", "--dataset_name", "d", "--use_peft", "--lora_r", "1024"]
+    with pytest.raises(UserError, match="got `lora_r=1024`"):
+        parse(argv)
 
 
 def test_defaults_have_a_margin_with_a_bounded_judge_only(tmp_path):

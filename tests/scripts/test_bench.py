@@ -1,6 +1,7 @@
 """`scripts/bench.py`: that it measures what it says. Nothing here depends on how fast anything is."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -186,3 +187,36 @@ def test_four_bit_models_are_built_from_configs_alone(run, tmp_path, monkeypatch
         trainer.train()
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         assert trained and all(p.isfinite().all() for p in trained)
+
+
+def test_one_gpu_unless_told_otherwise():
+    assert "," not in os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["allocator", "cuBLAS", "cuBLAS handle", "Triton"],
+)
+def test_the_largest_batch_is_the_last_that_fits(monkeypatch, error):
+    def fits_four(run, steps):
+        if run.batch > 4:
+            raise error
+        return 0
+
+    monkeypatch.setattr(bench_runs, "peak_bytes", fits_four)
+    assert bench_runs.largest_batch(TINY) == 4
+
+
+def test_another_failure_is_no_lack_of_memory(monkeypatch):
+    def fail(run, steps):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(bench_runs, "peak_bytes", fail)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        bench_runs.largest_batch(TINY)

@@ -18,6 +18,7 @@ import trl_rdro
 from trl_rdro.checks.datasets import check_rows
 from trl_rdro.iterate.config import IterateConfig
 from trl_rdro.iterate.judges import Judge, make_judge
+from trl_rdro.iterate.vllm_sampling import max_lora_rank
 
 from ..errors import NotFinite, UserError, user_error
 from ..run.disk import DiskFull, full_disk_said
@@ -72,6 +73,8 @@ def parse(argv: list[str]) -> tuple[tuple, Judge, list[str], list[str]]:
         raise UserError("no prompts given: set dataset_name (a hub id, directory or file with a column prompt)")
     with user_error(ValueError):
         config.validate_with(args)
+        if config.use_vllm and model_args.use_peft:
+            max_lora_rank(model_args.lora_r)
         judge = make_judge(config)
     return (config, script_args, args, model_args), judge, launch_flags, from_command_line
 

@@ -32,6 +32,7 @@ RANGES = {
     "top_p": Range("[1e-6, 1]"),
     "top_k": Range("[0, inf)"),
     "entropy_floor": Range("[0, 1)"),
+    "vllm_gpu_memory_utilization": Range("(0, 1]"),
     "judge_bound": Range("(0.5, 1)", "Leave it None for a judge that can be certain, as every reward function is."),
 }
 
@@ -75,6 +76,8 @@ class IterateConfig:
         temperature (`float`, defaults to `1.0`), top_p (`float`, defaults to `1.0`), top_k (`int`, defaults to `0`):
             of sampling. The completions of the stability report are always drawn from the policy itself.
         use_vllm (`bool`, defaults to `False`): sample with vLLM, in one process.
+        vllm_gpu_memory_utilization (`float`, defaults to `0.8`): the share of the GPU's memory that vLLM may take.
+            What is left is for CUDA itself and what the training before has not given back.
         prompts_per_chunk (`int`, defaults to `8`): prompts that are sampled at once, and lost at most when killed.
         monitor_prompts (`int`, defaults to `64`): prompts of the stability report, from the test split where there is
             one.
@@ -149,6 +152,9 @@ class IterateConfig:
     top_p: float = field(default=1.0, metadata=_help("Nucleus of sampling; 1 is everything."))
     top_k: int = field(default=0, metadata=_help("Sample among so many tokens; 0 is all."))
     use_vllm: bool = field(default=False, metadata=_help("Sample with vLLM, in one process."))
+    vllm_gpu_memory_utilization: float = field(
+        default=0.8, metadata=_help("With `use_vllm`: the share of the GPU's memory that vLLM may take.")
+    )
     prompts_per_chunk: int = field(
         default=8, metadata=_help("Prompts that are sampled at once, and lost at most when killed.")
     )

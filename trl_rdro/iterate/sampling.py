@@ -134,7 +134,8 @@ class Sampler:
             from .vllm_sampling import vllm_engine
 
             self.policies.close()
-            with vllm_engine(self.policies.model_args, policy) as engine:
+            memory = self.config.vllm_gpu_memory_utilization
+            with vllm_engine(self.policies.model_args, policy, memory) as engine:
                 for i, rows in todo:
                     write_json(_chunk_file(folder, name, i), compute(engine, i, rows))
         elif todo:
