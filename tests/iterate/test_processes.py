@@ -3,6 +3,8 @@
 import filecmp
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,20 @@ def test_killed_in_every_phase_ends_with_the_same_adapter(model, uninterrupted, 
     # The adapter moved, so that equality says something
     first, last = (output / f"round_{i:03d}" / "model" / "adapter_model.safetensors" for i in range(2))
     assert not filecmp.cmp(first, last, shallow=False)
+
+
+@pytest.mark.slow
+def test_a_second_loop_into_the_directory_is_refused_and_the_first_goes_on(model, uninterrupted, tmp_path):
+    output, log, second_log = tmp_path / "both", tmp_path / "first", tmp_path / "second"
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(processes.run, worker.run, model, str(output), log=log)
+        while not (output / "base.jsonl.chunks").exists() and not first.done():
+            time.sleep(0.05)
+        assert processes.run(worker.run, model, str(output), log=second_log) == [1]
+        assert first.result() == [0], log.read_text()[-3000:]
+    assert f"Another run is writing to `output_dir='{output}'`" in second_log.read_text()
+    weights = "final/adapter_model.safetensors"
+    assert filecmp.cmp(uninterrupted / weights, output / weights, shallow=False)
 
 
 @pytest.mark.slow

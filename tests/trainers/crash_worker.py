@@ -48,7 +48,7 @@ class Die(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(model: str, output_dir: str, loss: str, unpaired: bool, die_at: str) -> None:
+def main(model: str, output_dir: str, loss: str, unpaired: bool, packed: bool, die_at: str) -> None:
     """Train on pairs or single completions; `die_at` is "step 4", say, or "writing 6", or nothing."""
     if WORLD_SIZE > 1:
         import deepspeed
@@ -66,6 +66,7 @@ def main(model: str, output_dir: str, loss: str, unpaired: bool, die_at: str) ->
         gradient_accumulation_steps=2,
         save_strategy="steps",
         save_steps=3,
+        padding_free=packed,
         deepspeed=ZERO3 if WORLD_SIZE > 1 else None,
         **LOSS_CASES[loss].settings,
     )

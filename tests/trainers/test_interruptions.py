@@ -17,14 +17,14 @@ from trl_rdro.run.completeness import fault, is_complete, last_complete_checkpoi
 
 from .. import processes
 from ..helpers import ROOT
-from ..tiny import cpu_args, tiny_preferences
+from ..tiny import cpu_args, tiny_preferences, with_columns
 from . import interruption_worker
 
 
 @pytest.fixture(scope="module")
 def inputs(qwen2, tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("inputs")
-    tiny_preferences(40).to_json(str(root / "pairs.jsonl"))
+    with_columns(tiny_preferences(40), ["grdpo"]).to_json(str(root / "pairs.jsonl"))
     return {"model_name_or_path": qwen2, "dataset_name": str(root / "pairs.jsonl")}
 
 
@@ -51,6 +51,7 @@ RUNS = {
     "kto rdro": ("kto", {"loss_type": "rdro", "gradient_accumulation_steps": 2}),
     "sigmoid": ("dpo", {"loss_type": "sigmoid"}),
     "kto": ("kto", {"loss_type": "kto"}),
+    "packed grdpo": ("dpo", {"loss_type": "grdpo", "padding_free": True, "gradient_accumulation_steps": 2}),
     "lora with dropout": (
         "dpo",
         {

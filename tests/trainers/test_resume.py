@@ -17,16 +17,17 @@ from . import crash_worker
 
 
 RUNS = [
-    *[pytest.param(loss, False, 1, id=loss) for loss in KINDS],
-    *[pytest.param(loss, True, 1, id=f"{loss}-unpaired") for loss in of_family("density_ratio")],
+    *[pytest.param(loss, False, False, 1, id=loss) for loss in (*KINDS, "drdpo")],
+    *[pytest.param(loss, True, False, 1, id=f"{loss}-unpaired") for loss in of_family("density_ratio")],
+    *[pytest.param(loss, False, True, 1, id=f"{loss}-packed") for loss in ("kldpo", "repo")],
     # ZeRO-3 has its own checkpoints; a loss that is computed in one forward, and the one that takes three
-    *[pytest.param(loss, False, 2, id=f"{loss}-zero3") for loss in ("rdro", "wdpo")],
+    *[pytest.param(loss, False, False, 2, id=f"{loss}-zero3") for loss in ("rdro", "wdpo")],
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss, unpaired, world", RUNS)
-def test_kill_9_and_the_same_command_again(qwen2, tmp_path, loss, unpaired, world):
+@pytest.mark.parametrize("loss, unpaired, packed, world", RUNS)
+def test_kill_9_and_the_same_command_again(qwen2, tmp_path, loss, unpaired, packed, world):
     """Killed between checkpoints, while one is being written, and the last time with the newest one damaged."""
     if world > 1:
         pytest.importorskip("deepspeed")
@@ -36,7 +37,7 @@ def test_kill_9_and_the_same_command_again(qwen2, tmp_path, loss, unpaired, worl
         """The exit code of the first process, and what all have printed."""
         log = tmp_path / f"{output_dir.name} {die_at}.log"
         code, *_ = processes.run(
-            crash_worker.main, qwen2, str(output_dir), loss, unpaired, die_at, log=log, processes=world
+            crash_worker.main, qwen2, str(output_dir), loss, unpaired, packed, die_at, log=log, processes=world
         )
         return code, log.read_text()
 
