@@ -77,6 +77,18 @@ def test_preferred_fraction_sets_the_mixture(tmp_path, loss_type):
     assert evaluate() == evaluate(preferred_fraction=0.5, **{option: 0.25})
 
 
+@EACH_LOSS
+def test_a_streamed_evaluation_set_is_weighted_by_its_own_fraction(tmp_path, loss_type):
+    rows = labelled(1, 3, seed=1)
+    rows = rows.add_column("weight", [3.0, 1.0, 2.0, 0.5])
+    found = []
+    for evaluated in (rows, rows.to_iterable_dataset()):
+        args = kto_config(tmp_path, loss_type, per_device_eval_batch_size=4)
+        trainer = KTOTrainer(args=args, train_dataset=labelled(4, 4), eval_dataset=evaluated, **two_models())
+        found += [trainer.evaluate()["eval_loss"], trainer.evaluate()["eval_loss"]]
+    assert found == pytest.approx([found[0]] * 4, rel=1e-6)
+
+
 def test_a_set_preferred_fraction_is_compared_with_the_count(tmp_path, qwen2, caplog):
     with caplog.at_level(logging.INFO):
         trainer = KTOTrainer(qwen2, args=kto_config(tmp_path, preferred_fraction=0.4), train_dataset=labelled(2, 6))

@@ -37,8 +37,9 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
     The objective is E_{p+}[preferred term] + E_{p-}[non-preferred term]. Each sample is weighted by its class, 1/pi or
     1/(1 - pi), with pi the preferred fraction of the training set, so that the estimate is unbiased for every
     composition of a batch, and the result converges to p+ also when the classes are unequal. An evaluation set is
-    weighted by its own fraction, so that its loss estimates the same sum; a streaming one, or one with one class only,
-    by that of the training set. There is no KL batch, no KL forward pass, and the order of the training set is random.
+    weighted by its own fraction, so that its loss estimates the same sum; one with one class only by that of the
+    training set. A streaming one is read once more for that. There is no KL batch, no KL
+    forward pass, and the order of the training set is random.
 
     Logged beside TRL's metrics: `logratios/chosen` and `logratios/rejected`, the mean log-ratio to the reference model
     per class, in nats; `share/chosen` and `share/rejected`, the share of each class among the completions seen; for
@@ -96,6 +97,7 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
         self._ours = ours
         self._describe_in_model_card()
         self._evaluated_fraction = self.preferred_fraction
+        self._evaluated: Any = None  # the set that was evaluated last
         with trl_compat.without_kl(args) if ours else nullcontext():
             super().__init__(
                 model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs
@@ -154,10 +156,11 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
     def _note_evaluated(self, dataset: Any) -> None:
         """Remember the preferred fraction of the set that is evaluated next."""
         self._evaluated_fraction = self.preferred_fraction
-        if self._ours and isinstance(dataset, Dataset):
-            share = _preferred_share(dataset)
-            if 0 < share < 1:
-                self._evaluated_fraction = share
+        if self._ours and isinstance(dataset, Dataset | IterableDataset):
+            if self._evaluated is not dataset:
+                self._evaluated, self._share_of_evaluated = dataset, _preferred_share(dataset)
+            if 0 < self._share_of_evaluated < 1:
+                self._evaluated_fraction = self._share_of_evaluated
 
     def _reason_not_to_deal(self) -> str | None:
         if self.calculate_KL:
@@ -227,12 +230,19 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
         return metrics
 
 
-def _preferred_share(dataset: Dataset) -> float:
-    """The share of a set's completions, by their weights if they have some, whose label is True."""
-    dataset = dataset.with_format(None)
-    labels = dataset["label"][:]
-    weights = dataset["weight"][:] if "weight" in dataset.column_names else [1.0] * len(labels)
-    return sum(weight for weight, label in zip(weights, labels, strict=True) if label) / sum(weights)
+def _preferred_share(dataset: Dataset | IterableDataset) -> float:
+    """The share of a set's completions, by their weights if they have some, whose label is True. 0 of none."""
+    if isinstance(dataset, Dataset):
+        dataset = dataset.with_format(None)
+        labels = dataset["label"][:]
+        weights = dataset["weight"][:] if "weight" in dataset.column_names else [1.0] * len(labels)
+    else:
+        labels, weights = [], []
+        for row in dataset:
+            labels.append(row["label"])
+            weights.append(row.get("weight", 1.0))
+    preferred = sum(weight for weight, label in zip(weights, labels, strict=True) if label)
+    return preferred / sum(weights) if labels else 0.0
 
 
 def _require_text(example: Mapping[str, Any]) -> None:
