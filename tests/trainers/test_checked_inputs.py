@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoProcessor
 
 from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl_rdro.compat import trl as trl_compat
@@ -49,6 +50,16 @@ def spoilt(dataset: Dataset, number: int) -> Dataset:
     return Dataset.from_list(
         [{**row, "rejected": None if i == number else row["rejected"]} for i, row in enumerate(dataset)]
     )
+
+
+@METHODS
+def test_the_tokenizer_is_loaded_once(method, model, tmp_path, monkeypatch):
+    loaded, load = [], AutoProcessor.from_pretrained
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    trainer = build(method, model, tmp_path)
+    assert len(loaded) == 1
+    assert trainer.processing_class.pad_token == "<|endoftext|>"
+    assert trainer._begun_with["tokenizer"] is None  # the model's own, which counts as part of it
 
 
 # Before a model is loaded: there is none of that name

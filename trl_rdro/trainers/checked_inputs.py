@@ -23,10 +23,10 @@ class CheckedInputs(Host):
     _column_names: tuple[str, ...]  # and all that they read
     _training_set_is_prepared = False
 
-    def _check_model(self, model: Any, args: Any, processing_class: Any, **others: Any) -> Any:
+    def _check_model(self, model: Any, args: Any, processing_class: Any, **others: Any) -> tuple[Any, Any]:
         """Refuse what is not a causal language model with its tokenizer, an adapter that does not fit it, and an
-        optimiser that cannot be built. Returns the model's config. Raises `ValueError` or `TypeError` with one
-        sentence.
+        optimiser that cannot be built. Returns the model's config and its tokenizer or processor, which need not be
+        loaded again. Raises `ValueError` or `TypeError` with one sentence.
 
         Args:
             others: further arguments of the trainer.
@@ -44,7 +44,7 @@ class CheckedInputs(Host):
         check_pad_token(getattr(args, "pad_token", None), processing_class)
         if others.get("peft_config") is not None:
             check_adapter_config(others["peft_config"], config, args)
-        return config
+        return config, processing_class
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # TRL prepares the training set first, and calls an evaluation set of the name "train" the same

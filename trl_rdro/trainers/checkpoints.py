@@ -62,7 +62,8 @@ class Checkpoints(Host):
 
     def __init__(self, *given, **kwargs):
         arguments = inspect.signature(super().__init__).bind(*given, **kwargs).arguments
-        self._begun_with = settings_of(**arguments)
+        named = {"processing_class": None} if self._has_own_tokenizer else {}  # it is the model's, and counted with it
+        self._begun_with = settings_of(**{**arguments, **named})
         if isinstance(arguments["args"].loss_type, str) and self._ours:
             # TRL's constructor is shown another one meanwhile
             self._begun_with["loss_type"] = self._ours[0]

@@ -104,7 +104,7 @@ class DPOTrainer(
                 f"The column `weight` cannot be combined with `{sorting.pop()}`, which sorts the pairs of a batch, so "
                 "that a weight belongs to no pair. Remove the column, or use another loss."
             )
-        config = self._check_model(model, args, processing_class, **kwargs)
+        config, processing_class = self._check_model(model, args, processing_class, **kwargs)
         refuse_before_loading(config, args, example, kwargs.get("peft_config"))
         self._ours = ours
         self._describe_in_model_card()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         _used: tuple[str, ...]  # and the one inside a robust loss, if it is ours
         _completion_columns: tuple[str, ...]  # of tokens, in a prepared data set
         _training_set_is_prepared: bool
+        _has_own_tokenizer: bool  # it was loaded with the model, by its name
         _reference_columns: tuple[str, ...]  # where a data set can bring its own reference log-probabilities
 
     class PairHost(Host):

@@ -38,8 +38,8 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
     1/(1 - pi), with pi the preferred fraction of the training set, so that the estimate is unbiased for every
     composition of a batch, and the result converges to p+ also when the classes are unequal. An evaluation set is
     weighted by its own fraction, so that its loss estimates the same sum; one with one class only by that of the
-    training set. A streaming one is read once more for that. There is no KL batch, no KL
-    forward pass, and the order of the training set is random.
+    training set. A streaming one is read once more for that. There is no KL batch, no KL forward pass, and the order
+    of the training set is random.
 
     Logged beside TRL's metrics: `logratios/chosen` and `logratios/rejected`, the mean log-ratio to the reference model
     per class, in nats; `share/chosen` and `share/rejected`, the share of each class among the completions seen; for
@@ -92,7 +92,7 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
                 )
             self.preferred_fraction = 0.5  # pairs
             require_cap_above_start_of(args, self.preferred_fraction)
-        config = self._check_model(model, args, processing_class, **kwargs)
+        config, processing_class = self._check_model(model, args, processing_class, **kwargs)
         refuse_before_loading(config, args, example, kwargs.get("peft_config"))
         self._ours = ours
         self._describe_in_model_card()
