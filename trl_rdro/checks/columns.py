@@ -204,6 +204,18 @@ LABELLED: Kinds = {
 TOKENISED_PAIRS: Kinds = {"prompt_ids": TokenIds(), "chosen_ids": TokenIds(), "rejected_ids": TokenIds()}
 TOKENISED_LABELLED: Kinds = {"prompt_ids": TokenIds(), "completion_ids": TokenIds(), "label": Label()}
 
+# What a person or a program has said of completions, which may be silent ones, preferred or not
+SCORES: Kinds = {
+    "prompt": Content(is_prompt=True),
+    "completion": Content(may_be_blank=True),
+    "score": Number("a finite number"),
+}
+PREFERENCES: Kinds = {
+    "prompt": Content(is_prompt=True),
+    "chosen": Content(may_be_blank=True),
+    "rejected": Content(may_be_blank=True),
+}
+
 # Looked at wherever they are, since the trainers and the collators read them then
 ALWAYS: Kinds = {
     "ref_chosen_logps": LOG_PROBABILITY,
@@ -225,5 +237,5 @@ COLUMNS: Kinds = {
     "preferred_fraction": Number("a number between 0 and 1, both excluded", low=0, high=1, open_ends=True),
     "group": Name(),
     "annotator": Name(),
-    "score": Number("a finite number"),
+    "score": SCORES["score"],
 }

@@ -22,6 +22,7 @@ from trl_rdro.iterate.judges import Judge, make_judge
 from ..errors import NotFinite, UserError, user_error
 from ..run.disk import DiskFull, full_disk_said
 from ..run.lock import only_run_in
+from ..run.search_path import restore_search_path
 from ..run.secrets import take_hub_token
 from ..run.signals import say_when_stopped
 from ..tools.loading import load_splits, require_split
@@ -122,4 +123,5 @@ main = launch
 
 
 if __name__ == "__main__":
+    restore_search_path()
     sys.exit(run())

@@ -7,11 +7,11 @@ single completions. Prompts are rows of the data set, whose other columns go to 
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checks.datasets import check_rows
 from ..errors import UserError, user_error
 from ..run.files import Row, read_rows
 from .config import IterateConfig
@@ -136,30 +136,19 @@ def _read_labels(path: Path) -> Judge:
         rows = read_rows(path)
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"`labelled_file` {path} must have a mapping in each line, and at least one.")
-    kinds = ((LabelledScores, ("prompt", "completion", "score")), (LabelledPairs, ("prompt", "chosen", "rejected")))
-    for kind, columns in kinds:
+    kinds = (
+        (LabelledScores, "scores", ("prompt", "completion", "score")),
+        (LabelledPairs, "preferences", ("prompt", "chosen", "rejected")),
+    )
+    for kind, method, columns in kinds:
         if set(columns) <= set(rows[0]):
-            for number, row in enumerate(rows, start=1):
-                _check_label(path, number, row, columns)
+            with user_error(ValueError):
+                check_rows(rows, f"labelled_file={path}", method)
             return kind(rows)
     raise UserError(
         "`labelled_file` must have the columns prompt, completion, score or prompt, chosen, rejected; it has "
         f"{', '.join(sorted(rows[0]))}."
     )
-
-
-def _check_label(path: Path, number: int, row: Row, columns: Sequence[str]) -> None:
-    for column in columns:
-        value, where = row.get(column), f"`labelled_file` {path}, row {number}: `{column}`"
-        if column == "score":
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UserError(f"{where} must be a finite number, got {value!r}.")
-        elif not isinstance(value, str) and not _is_messages(value):
-            raise UserError(f"{where} must be text or a list of messages, got {value!r}.")
-
-
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "content" in m for m in value)
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
