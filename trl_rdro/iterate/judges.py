@@ -7,6 +7,7 @@ single completions. Prompts are rows of the data set, whose other columns go to 
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ class RewardFunctions(Judge):
         for function, weight in zip(self.functions, self.weights, strict=True):
             values = ask(function, len(rows), prompts=[row["prompt"] for row in rows], **arguments)
             totals = [total + weight * value for total, value in zip(totals, values, strict=True)]
+        if bad := [total for total in totals if not math.isfinite(total)]:
+            raise UserError(
+                f"The weighted rewards of `{'`, `'.join(map(name_of, self.functions))}` sum to {bad[0]}, got weights "
+                f"{self.weights}. Let the functions return smaller numbers, or lower `reward_weights`."
+            )
         return totals
 
 
@@ -153,7 +159,9 @@ def _read_labels(path: Path) -> Judge:
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """The columns besides the prompt, as TRL passes them to reward functions."""
-    return {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")} if rows else {}
+    return (
+        {key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "completion")} if rows else {}
+    )
 
 
 def _as_messages(rows: Sequence[Row], completions: Sequence[str]) -> list[Any]:
