@@ -49,7 +49,12 @@ def rows_of(*columns: str, label=None):
     chats = {column: prompts if column == "prompt" else answers for column in columns}
     wild = dict.fromkeys(columns, values)
     labels, right = ({}, {}) if label is None else ({"label": label}, {"label": st.booleans()})
-    extra = {"tools": st.one_of(st.none(), texts, st.just("[]"), odd), "ref_logps": st.one_of(st.floats(), odd)}
+    extra = {
+        "tools": st.one_of(
+            st.none(), texts, st.sampled_from(["[]", [""], [{"type": "function"}], [None], "[1]"]), odd
+        ),
+        "ref_logps": st.one_of(st.floats(), odd),
+    }
     kinds = [
         st.fixed_dictionaries({**plain, **right}),
         st.fixed_dictionaries({**chats, **right}),

@@ -155,12 +155,18 @@ class Tools:
                 found = json.loads(value)
             except ValueError:
                 found = value
-        if found is None or isinstance(found, list):
+        if found is None or (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
             return None
-        return f"must be a list of tools, as it is or as JSON, got {show(value)}", "Correct such rows."
+        return (
+            f"must be a list of tools, each a mapping (its JSON schema), as it is or as JSON, got {show(value)}",
+            "Correct such rows.",
+        )
 
     def surely_right(self, array: pa.Array) -> np.ndarray:
-        return ~is_true(pc.is_valid(array)) | is_list(array.type)
+        missing = ~is_true(pc.is_valid(array))
+        if is_list(array.type) and pa.types.is_struct(array.type.value_type) and not array.flatten().null_count:
+            return np.ones(len(array), dtype=bool)
+        return missing
 
 
 @dataclass(frozen=True)
