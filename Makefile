@@ -15,6 +15,7 @@ DATA   ?=
 MODEL  ?=
 SEED   ?=
 OUTPUT ?=
+FUZZ   ?= 20
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -27,7 +28,7 @@ DEMO_STAMP  := $(VENV)/.installed-demo
 MODEL_STAMP := $(VENV)/.installed-demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-versions bench lint types format clean
+.PHONY: help demo test test-fast test-versions bench fuzz lint types format clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -60,6 +61,9 @@ FAST := tests/losses tests/configs tests/trainers/test_objectives.py tests/check
 
 test-fast: $(TEST_STAMP)  ## run the tests of losses, configs, objectives and parsing: under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(FAST) $(PYTEST_ARGS)
+
+fuzz: $(TEST_STAMP)  ## draw many more rows, options, YAML texts and judges at random; FUZZ=<times as many, default 20>
+	OMP_NUM_THREADS=1 RDRO_FUZZ=$(FUZZ) $(BIN)/python -m pytest -m fuzz tests/checks tests/configs tests/cli tests/iterate $(PYTEST_ARGS)
 
 lint: $(TEST_STAMP)  ## check style
 	$(RUFF) check --quiet .

@@ -236,6 +236,9 @@ def test_a_value_of_another_kind(number, column, value, found, tmp_path):
             "row 5 (counted from 0): the column `tools`",
         ),
         ("dpo", with_row(5, [{**r, "tools": "[]"} for r in CHATS], tools='{"a": 1}'), "must be a list of tools"),
+        ("dpo", with_row(5, [{**r, "tools": "[]"} for r in CHATS], tools='["f"]'), "each a mapping"),
+        ("dpo", with_row(5, [{**r, "tools": []} for r in CHATS], tools=["f"]), "each a mapping"),
+        ("dpo", with_row(5, [{**r, "tools": [{"a": 1}]} for r in CHATS], tools=[None]), "each a mapping"),
         (
             "dpo",
             with_row(5, [{**r, "chat_template_kwargs": {"a": 1}} for r in CHATS], chat_template_kwargs=None),

@@ -1,34 +1,25 @@
 """
 Rows drawn at random: what the checks accept, TRL can prepare and collate; what they refuse, they refuse in a sentence;
 and a table, a stream and a list of the same rows get the same verdict.
-
-`RDRO_FUZZ_EXAMPLES` sets how many examples each test draws (default: 300).
 """
 
-import os
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_rdro.checks.datasets import check_dataset, check_rows
 from trl_rdro.compat.trl import prepare_dataset
 
+from ..fuzz import fuzz
 from ..tiny import tiny_tokenizer
 
 
 TOKENIZER = tiny_tokenizer()
 ARGS = SimpleNamespace(max_length=None, truncation_mode="keep_start", dataset_num_proc=None, pad_to_multiple_of=None)
-fuzz = settings(
-    max_examples=int(os.environ.get("RDRO_FUZZ_EXAMPLES", 300)),
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
-
 texts = st.sampled_from(["", " ", "a", "a b", "a c", "b ", "\n", "é<|im_end|>", "\u2028"])
 dicts = st.sampled_from([{}, {"a": 1}])
 odd = st.one_of(st.none(), st.booleans(), st.integers(-2, 3), st.floats(), st.lists(texts, max_size=2), dicts)
@@ -58,7 +49,12 @@ def rows_of(*columns: str, label=None):
     chats = {column: prompts if column == "prompt" else answers for column in columns}
     wild = dict.fromkeys(columns, values)
     labels, right = ({}, {}) if label is None else ({"label": label}, {"label": st.booleans()})
-    extra = {"tools": st.one_of(st.none(), texts, st.just("[]"), odd), "ref_logps": st.one_of(st.floats(), odd)}
+    extra = {
+        "tools": st.one_of(
+            st.none(), texts, st.sampled_from(["[]", [""], [{"type": "function"}], [None], "[1]"]), odd
+        ),
+        "ref_logps": st.one_of(st.floats(), odd),
+    }
     kinds = [
         st.fixed_dictionaries({**plain, **right}),
         st.fixed_dictionaries({**chats, **right}),
@@ -104,7 +100,7 @@ class Rows(list):
         return Rows({**row, **function(dict(row), **(fn_kwargs or {}))} for row in self)
 
 
-@fuzz
+@fuzz(300)
 @given(data)
 def test_accepted_rows_can_be_prepared(drawn):
     method, rows = drawn
@@ -115,7 +111,7 @@ def test_accepted_rows_can_be_prepared(drawn):
     assert batch["completion_mask"].sum(dim=1).min() > 0
 
 
-@fuzz
+@fuzz(300)
 @given(data)
 def test_tables_streams_and_lists_get_the_same_verdict(drawn):
     method, rows = drawn
@@ -137,7 +133,7 @@ def test_the_strategies_reach_both_verdicts(method):
     """The two tests above would say nothing if all rows were refused, or none."""
     found = set()
 
-    @settings(fuzz, max_examples=200)
+    @fuzz(200)
     @given(data)
     def look(drawn):
         if drawn[0] == method:

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_rdro import DPOConfig, KTOConfig, losses
@@ -18,6 +18,7 @@ from trl_rdro.iterate.config import IterateConfig
 from trl_rdro.losses.types import LOSS_TYPES
 from trl_rdro.trainers import objectives
 
+from ..fuzz import VALUES, fuzz
 from ..tiny import cpu_args
 
 
@@ -28,7 +29,7 @@ CONFIGS = {
 }
 GIVEN = {"output_dir", *cpu_args(), "reward_funcs"} - {"gradient_checkpointing"}
 # What they hold is read by accelerate and DeepSpeed, which also change the environment of the process
-OF_ENGINES = {"accelerator_config", "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend", "debug"}
+OF_ENGINES = {"fsdp", "deepspeed", "parallelism_config", "ddp_backend"}
 FIELDS = [
     (config, field.name)
     for config in CONFIGS
@@ -41,16 +42,6 @@ SMALLEST_COUNT = {
     **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers", "top_k"), 0),
 }
 NOT_BELOW_ZERO_ONLY = {"f_alpha_divergence_coef", "reward_weights"}  # of any sign
-
-NUMBERS = st.one_of(
-    st.sampled_from([0, 1, -1, 0.5, 1e39, -1e39, 1e-39, 1 - 1e-12, math.nan, math.inf, -math.inf, 10**400]),
-    st.integers(-10, 10**6),
-    st.floats(-10, 10),
-)
-SCALARS = st.one_of(
-    st.none(), st.booleans(), NUMBERS, st.text(max_size=5), st.sampled_from(["1e-3x", "no", "{", "1,2"])
-)
-VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.text(max_size=2), SCALARS, max_size=2))
 
 
 def kinds(config: type, name: str) -> tuple:
@@ -99,16 +90,7 @@ def quiet(monkeypatch):
         yield
 
 
-FUZZ = settings(
-    max_examples=2000,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-@FUZZ
+@fuzz(700)
 @given(field=st.sampled_from(FIELDS), value=VALUES)
 def test_no_wrong_value_is_accepted_and_none_ends_inside_a_library(field, value):
     config, name = field
@@ -131,7 +113,7 @@ OPTIONS = [
 ]
 
 
-@settings(FUZZ, max_examples=1000)
+@fuzz(300)
 @given(name=st.sampled_from(sorted(OPTIONS)), exponent=st.integers(-45, 45), near_one=st.booleans())
 def test_what_is_accepted_leaves_our_losses_finite_in_float32(name, exponent, near_one):
     """Of numbers of every size, and those just below 1, at the reference and 200 nats from it."""

@@ -182,14 +182,32 @@ LABELS = {
     "a later list": (b'{"prompt": "p", "completion": "c", "score": 1}\n[1]\n', "a mapping in each line"),
     "a later row without a score": (
         b'{"prompt": "p", "completion": "c", "score": 1}\n{"prompt": "p", "completion": "d"}\n',
-        "row 2: `score`",
+        "row 1 (counted from 0): the column `score`",
     ),
-    "not filled in": (b'{"prompt": "p", "completion": "c", "score": null}\n', "row 1: `score`"),
-    "a text score": (b'{"prompt": "p", "completion": "c", "score": "high"}\n', "row 1: `score`"),
-    "nan": (b'{"prompt": "p", "completion": "c", "score": NaN}\n', "row 1: `score`"),
-    "true": (b'{"prompt": "p", "completion": "c", "score": true}\n', "row 1: `score`"),
-    "a number for a prompt": (b'{"prompt": 3, "completion": "c", "score": 1}\n', "row 1: `prompt`"),
-    "no messages": (b'{"prompt": "p", "chosen": ["a"], "rejected": "b"}\n', "row 1: `chosen`"),
+    "not filled in": (
+        b'{"prompt": "p", "completion": "c", "score": null}\n',
+        "row 0 (counted from 0): the column `score`",
+    ),
+    "a text score": (
+        b'{"prompt": "p", "completion": "c", "score": "high"}\n',
+        "row 0 (counted from 0): the column `score`",
+    ),
+    "nan": (b'{"prompt": "p", "completion": "c", "score": NaN}\n', "row 0 (counted from 0): the column `score`"),
+    "true": (b'{"prompt": "p", "completion": "c", "score": true}\n', "row 0 (counted from 0): the column `score`"),
+    "a number for a prompt": (
+        b'{"prompt": 3, "completion": "c", "score": 1}\n',
+        "row 0 (counted from 0): the column `prompt`",
+    ),
+    "no messages": (
+        b'{"prompt": "p", "chosen": ["a"], "rejected": "b"}\n',
+        "row 0 (counted from 0): the column `chosen`",
+    ),
+    "a blank prompt": (b'{"prompt": " ", "completion": "c", "score": 1}\n', "the column `prompt` must have text"),
+    "a column twice": (b'{"prompt": "p", "completion": "c", "completion.1": "d", "score": 1}\n', "twice"),
+    "a user's answer": (
+        b'{"prompt": "p", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}\n',
+        "ends with a message of the role 'user'",
+    ),
     "other columns": (b'{"prompt": "p", "completion": "c"}\n', "it has completion, prompt"),
 }
 
@@ -201,6 +219,24 @@ def test_bad_labels_end_in_one_sentence_before_anything_is_launched(kind, config
     argv = ["iterate", "--config", config(reward_funcs=None, labelled_file=str(tmp_path / "labels.jsonl"))]
     message = refusal(capsys, main(argv))
     assert "labelled_file" in message and words in message
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": [{"role": "user", "content": "p"}], "completion": "c", "score": 1}],
+        [{"prompt": "p", "completion": "c", "score": 1}, {"prompt": "p", "completion": "", "score": 0.5}],
+        [{"prompt": "p", "chosen": "", "rejected": "c"}, {"prompt": "p", "chosen": "d", "rejected": ""}],
+        [{"prompt": "p", "chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"}],
+    ],
+)
+def test_labels_that_are_right(rows, config, tmp_path):
+    """Silence may be judged, and preferred; prompts and completions need not share their form."""
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (_, judge, *_) = iterate.parse(
+        ["--config", config(reward_funcs=None, labelled_file=str(tmp_path / "labels.jsonl"))]
+    )
+    assert judge.labels
 
 
 # Through the command

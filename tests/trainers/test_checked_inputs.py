@@ -233,3 +233,59 @@ def test_a_template_with_todays_date_is_warned_of(method, tmp_path, caplog):
             trainer = build(method, directory, tmp_path / "out", Dataset.from_list(data))
         assert sum("today's date" in record.getMessage() for record in caplog.records) == count
     assert "26 Jul 2024" in tokenizer.decode(trainer.train_dataset[0]["prompt_ids"])
+
+
+# predict
+
+
+@METHODS
+def test_predict_looks_at_its_rows_and_prepares_them(method, model, tmp_path):
+    trainer = build(method, model, tmp_path)
+    with pytest.raises(ValueError, match=r"`test_dataset`, row 3 \(counted from 0\): the column `rejected`"):
+        trainer.predict(spoilt(tiny_preferences(8), 3))
+    with pytest.raises(ValueError, match="`test_dataset` lacks the columns"):
+        trainer.predict(Dataset.from_list([{"text": "a"}]))
+    with pytest.raises(TypeError, match="`test_dataset` must be"):
+        trainer.predict([{"prompt": "a"}])
+    trainer.args.prediction_loss_only = True
+    rows = tiny_preferences(8, seed=1)
+    predicted = trainer.predict(rows).metrics["test_loss"]
+    assert predicted == pytest.approx(trainer.evaluate(rows)["eval_loss"])
+
+
+# Completions without text
+
+
+def conversation(rows):
+    return Dataset.from_list(
+        [
+            {key: [{"role": "user" if key == "prompt" else "assistant", "content": text}] for key, text in row.items()}
+            for row in rows
+        ]
+    )
+
+
+@METHODS
+@pytest.mark.parametrize("form", [lambda rows: rows, conversation], ids=["text", "messages"])
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_blank_rejected_completion_is_trained_on_and_a_blank_chosen_one_refused(
+    method, form, blank, model, tmp_path, caplog
+):
+    """The worse of two answers may be silence: of it the model learns the end of the turn, a token like others."""
+    caplog.set_level(logging.WARNING, logger="trl_rdro")
+    rows = tiny_preferences(8)
+    for column, text in (("chosen", "refused"), ("rejected", "trained on")):
+        spoilt_rows = form(
+            Dataset.from_list([{**row, column: blank} if i == 5 else row for i, row in enumerate(rows)])
+        )
+        if text == "refused":
+            with pytest.raises(ValueError, match=r"row 5 \(counted from 0\): the column `chosen`"):
+                build(method, "no/such/model", tmp_path, spoilt_rows)
+            continue
+        trainer = build(method, model, tmp_path, spoilt_rows)
+        assert len(trainer.train_dataset) == (8 if method == "dpo" else 16)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert all(map(math.isfinite, losses))
+    said = [record.getMessage() for record in caplog.records if "`rejected` has no text in 1 of 8 rows" in record.msg]
+    assert len(said) == 1 and "row 5" in said[0]

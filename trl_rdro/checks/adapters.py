@@ -59,7 +59,7 @@ def check_adapter_config(peft_config: Any, config: Any, args: Any) -> None:
         _check_token_indices(peft_config, layers, config)
 
 
-def _layers(config: Any, trust_remote_code: bool) -> nn.Module | None:
+def _layers(config: Any, trust_remote_code: bool) -> Any:
     """The model without weights, where transformers can build it from its config as a causal language model."""
     try:
         with torch.device("meta"):
@@ -68,7 +68,7 @@ def _layers(config: Any, trust_remote_code: bool) -> nn.Module | None:
         return None
 
 
-def _check_targets(peft_config: Any, layers: nn.Module) -> None:
+def _check_targets(peft_config: Any, layers: Any) -> None:
     modules = {name for name, _ in layers.named_modules() if name}
     parameters = {name for name, _ in layers.named_parameters()}
     head = next((name for name, module in layers.named_modules() if module is layers.get_output_embeddings()), None)
@@ -116,7 +116,7 @@ def _found(field: str, wanted: str | Iterable[str], names: set[str], at_least: i
     return found
 
 
-def _check_token_indices(peft_config: Any, layers: nn.Module, config: Any) -> None:
+def _check_token_indices(peft_config: Any, layers: Any, config: Any) -> None:
     given = getattr(peft_config, "trainable_token_indices", None)
     if not given:
         return

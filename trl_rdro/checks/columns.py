@@ -155,12 +155,18 @@ class Tools:
                 found = json.loads(value)
             except ValueError:
                 found = value
-        if found is None or isinstance(found, list):
+        if found is None or (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
             return None
-        return f"must be a list of tools, as it is or as JSON, got {show(value)}", "Correct such rows."
+        return (
+            f"must be a list of tools, each a mapping (its JSON schema), as it is or as JSON, got {show(value)}",
+            "Correct such rows.",
+        )
 
     def surely_right(self, array: pa.Array) -> np.ndarray:
-        return ~is_true(pc.is_valid(array)) | is_list(array.type)
+        missing = ~is_true(pc.is_valid(array))
+        if is_list(array.type) and pa.types.is_struct(array.type.value_type) and not array.flatten().null_count:
+            return np.ones(len(array), dtype=bool)
+        return missing
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,18 @@ LABELLED: Kinds = {
 TOKENISED_PAIRS: Kinds = {"prompt_ids": TokenIds(), "chosen_ids": TokenIds(), "rejected_ids": TokenIds()}
 TOKENISED_LABELLED: Kinds = {"prompt_ids": TokenIds(), "completion_ids": TokenIds(), "label": Label()}
 
+# What a person or a program has said of completions, which may be silent ones, preferred or not
+SCORES: Kinds = {
+    "prompt": Content(is_prompt=True),
+    "completion": Content(may_be_blank=True),
+    "score": Number("a finite number"),
+}
+PREFERENCES: Kinds = {
+    "prompt": Content(is_prompt=True),
+    "chosen": Content(may_be_blank=True),
+    "rejected": Content(may_be_blank=True),
+}
+
 # Looked at wherever they are, since the trainers and the collators read them then
 ALWAYS: Kinds = {
     "ref_chosen_logps": LOG_PROBABILITY,
@@ -225,5 +243,5 @@ COLUMNS: Kinds = {
     "preferred_fraction": Number("a number between 0 and 1, both excluded", low=0, high=1, open_ends=True),
     "group": Name(),
     "annotator": Name(),
-    "score": Number("a finite number"),
+    "score": SCORES["score"],
 }

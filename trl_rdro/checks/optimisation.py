@@ -30,7 +30,7 @@ def check_optimisation(args: Any) -> None:
     Raises:
         `ValueError`: with one sentence that names the options.
     """
-    optimizer = torch.optim.SGD([_number()], lr=args.learning_rate)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD([_number()], lr=args.learning_rate)
     if not str(args.optim.value).startswith(NEED_THE_MODEL):
         try:
             optimizer = _optimizer(args)

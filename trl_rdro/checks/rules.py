@@ -16,7 +16,9 @@ from .columns import (
     DROP,
     LABELLED,
     PAIRS,
+    PREFERENCES,
     PROMPTS,
+    SCORES,
     TOKENISED_LABELLED,
     TOKENISED_PAIRS,
     Content,
@@ -30,6 +32,8 @@ DESCRIPTIONS = {
     "dpo": "a preference data set",
     "kto": "an unpaired preference data set (prompt, completion, label)",
     "prompts": "a data set of prompts",
+    "scores": "a file of scores",
+    "preferences": "a file of preferences",
 }
 FORMS: dict[type | None, str] = {str: "text", list: "a list of messages"}
 
@@ -40,7 +44,7 @@ class Rules:
 
     Attributes:
         columns: the columns that are looked at.
-        form: `str` or `list`, which all texts of the data set share; None for token ids.
+        form: `str` or `list`, which all texts of the data set share; None where they need not, and for token ids.
     """
 
     name: str
@@ -62,7 +66,7 @@ class Rules:
         for column, kind in {**self.columns, **{name: ALWAYS[name] for name in ALWAYS if name in row}}.items():
             if wrong := kind.wrong(row.get(column)):
                 return column, *wrong
-            if isinstance(kind, Content) and type(row[column]) is not self.form:
+            if isinstance(kind, Content) and self.form is not None and type(row[column]) is not self.form:
                 return column, *self._other_form(row[column])
         if plain(row.get("label")) is True and "completion" in self.columns and says_nothing(row["completion"]):
             return "completion", "has no text, and is labelled as preferred", f"{DROP}."
@@ -163,7 +167,8 @@ def make_rules(
 
     Args:
         name: the data set's, for messages.
-        method: "dpo", "kto" (which also takes pairs) or "prompts".
+        method: "dpo", "kto" (which also takes pairs), "prompts", or what a file of labels holds, "scores" or
+            "preferences".
         used: further columns of `COLUMNS` that have to be there.
         read: further columns of `COLUMNS` that are looked at where they are there.
         tokenised: whether token ids may take the place of text.
@@ -185,15 +190,16 @@ def make_rules(
             )
     columns = wanted | {column: COLUMNS[column] for column in (*used, *read) if column in first_row}
     columns |= {column: kind for column, kind in ALWAYS.items() if column in first_row}
-    if is_tokenised:
+    if is_tokenised or method in ("scores", "preferences"):
         return Rules(name, columns)
     leading = [first_row[column] for column in ("chosen", "completion", "rejected", "prompt") if column in wanted]
     return Rules(name, columns, next((type(value) for value in leading if isinstance(value, str | list)), str))
 
 
 def _wanted(method: str, present: set[str]) -> dict[str, Kind]:
-    if method == "prompts":
-        return PROMPTS
+    given = {"prompts": PROMPTS, "scores": SCORES, "preferences": PREFERENCES}
+    if method in given:
+        return given[method]
     paired = method == "dpo" or {"chosen", "rejected"} <= present
     text, ids = (PAIRS, TOKENISED_PAIRS) if paired else (LABELLED, TOKENISED_LABELLED)
     if "prompt_ids" in present and not text.keys() <= present:

@@ -23,6 +23,7 @@ from trl_rdro.iterate.vllm_sampling import max_lora_rank
 from ..errors import NotFinite, UserError, user_error
 from ..run.disk import DiskFull, full_disk_said
 from ..run.lock import only_run_in
+from ..run.search_path import restore_search_path
 from ..run.secrets import take_hub_token
 from ..run.signals import say_when_stopped
 from ..tools.loading import load_splits, require_split
@@ -125,4 +126,5 @@ main = launch
 
 
 if __name__ == "__main__":
+    restore_search_path()
     sys.exit(run())

@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..errors import UserError, user_error
 from ..log import get_logger
+from ..run.search_path import without_working_directory
 from ..run.secrets import HUB_TOKEN_VARIABLE, split_hub_token
 from ..run.signals import passing_on_signals
 from .launch_settings import check_accelerate_config, check_flags
@@ -79,7 +80,7 @@ def launch_module(module: str, module_argv: list[str], launch_argv: list[str]) -
     returncode = 0
     with passing_on_signals() as received:
         try:
-            with user_error(ValueError, OSError, ImportError):
+            with without_working_directory(), user_error(ValueError, OSError, ImportError):
                 launch_command(args)
         except SignalException as error:  # the launcher of several processes, which has ended them
             received.append(error.sigval)

@@ -36,6 +36,7 @@ from ..errors import NotFinite, UserError, user_error
 from ..run.completeness import fault, how_to_go_on
 from ..run.disk import DiskFull, full_disk_said
 from ..run.lock import only_run_in
+from ..run.search_path import restore_search_path
 from ..run.secrets import take_hub_token
 from ..run.signals import say_when_stopped
 from ..tools.loading import file_builder, load_splits, loading, require_configuration, require_split
@@ -178,4 +179,5 @@ def train(method: str, arguments: tuple, checkpoint: str | bool | None) -> int:
 
 
 if __name__ == "__main__":
+    restore_search_path()
     sys.exit(main(sys.argv[1], sys.argv[2:]))

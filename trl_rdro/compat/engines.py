@@ -1,11 +1,13 @@
 """FSDP, ZeRO-3 and gradient checkpointing: what the trainers must say to engines that do not ask."""
 
 import dataclasses
+import os
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from accelerate.utils import launch as accelerate_launch
 from torch.distributed.fsdp import FSDPModule
 
 from .checkpointing import checkpointing_off
@@ -99,6 +101,20 @@ def _fsdp2_parameters(module: FSDPModule) -> list[Any]:
     state: Any = module._get_fsdp_state()
     groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     return [parameter for group in groups if group is not None for parameter in group.fsdp_params]
+
+
+@contextmanager
+def path_of_deepspeed_unchanged():
+    """Keep accelerate's launcher of DeepSpeed from adding the working directory to PYTHONPATH, which is searched
+    before Python's own modules."""
+    add, accelerate_launch.env_var_path_add = (
+        accelerate_launch.env_var_path_add,
+        lambda name, path: os.environ.get(name, ""),
+    )
+    try:
+        yield
+    finally:
+        accelerate_launch.env_var_path_add = add
 
 
 def settle_fsdp2(model: torch.nn.Module | None) -> None:

@@ -6,12 +6,13 @@ Whatever goes wrong in one is the user's to mend: a `UserError` names the functi
 
 import importlib
 import inspect
+import itertools
 import math
 import os
 import reprlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set, Sized
 from typing import Any
 
 from ..errors import UserError, describe
@@ -62,28 +63,32 @@ def ask(function: Callable, expected: int, **arguments: Any) -> list[float]:
     try:
         answer = function(**arguments)
         # Of text or of a mapping the list would be one of letters or keys
-        values = (
-            None
-            if isinstance(answer, (str, bytes, Mapping, Set)) or not isinstance(answer, Iterable)
-            else list(answer)
-        )
+        # One more than expected: an iterator may have no end
+        is_list = isinstance(answer, Iterable) and not isinstance(answer, (str, bytes, Mapping, Set))
+        values = list(itertools.islice(answer, expected + 1)) if is_list else None
     except FAILURES as error:
         raise UserError(f"The judge `{name}` failed: {_what_and_where(error)}.") from error
     if values is None:
-        raise UserError(f"`{name}` must return a list of {expected} numbers, got {reprlib.repr(answer)}.")
+        raise UserError(f"`{name}` must return a list of {expected} numbers, got {_shown(answer)}.")
     if len(values) != expected:
-        raise UserError(f"`{name}` must return {expected} values, one for each, got {len(values)}.")
+        got = len(answer) if isinstance(answer, Sized) else len(values) if len(values) < expected else "more"
+        raise UserError(f"`{name}` must return {expected} values, one for each, got {got}.")
     return [_number(name, value) for value in values]
 
 
 def _number(name: str, value: Any) -> float:
     try:
         number = math.nan if value is None or isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+    except FAILURES:  # no number, one that no float holds, or an object of the user's that fails
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"`{name}` must return finite numbers, got {reprlib.repr(value)}.")
+        raise UserError(f"`{name}` must return finite numbers, got {_shown(value)}.")
     return number
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words of one line, which a tensor's are not."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def _what_and_where(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checks.datasets import check_rows
 from ..errors import UserError, user_error
 from ..run.files import Row, read_rows
 from .config import IterateConfig
@@ -61,6 +62,11 @@ class RewardFunctions(Judge):
         for function, weight in zip(self.functions, self.weights, strict=True):
             values = ask(function, len(rows), prompts=[row["prompt"] for row in rows], **arguments)
             totals = [total + weight * value for total, value in zip(totals, values, strict=True)]
+        if bad := [total for total in totals if not math.isfinite(total)]:
+            raise UserError(
+                f"The weighted rewards of `{'`, `'.join(map(name_of, self.functions))}` sum to {bad[0]}, got weights "
+                f"{self.weights}. Let the functions return smaller numbers, or lower `reward_weights`."
+            )
         return totals
 
 
@@ -136,11 +142,14 @@ def _read_labels(path: Path) -> Judge:
         rows = read_rows(path)
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"`labelled_file` {path} must have a mapping in each line, and at least one.")
-    kinds = ((LabelledScores, ("prompt", "completion", "score")), (LabelledPairs, ("prompt", "chosen", "rejected")))
-    for kind, columns in kinds:
+    kinds = (
+        (LabelledScores, "scores", ("prompt", "completion", "score")),
+        (LabelledPairs, "preferences", ("prompt", "chosen", "rejected")),
+    )
+    for kind, method, columns in kinds:
         if set(columns) <= set(rows[0]):
-            for number, row in enumerate(rows, start=1):
-                _check_label(path, number, row, columns)
+            with user_error(ValueError):
+                check_rows(rows, f"labelled_file={path}", method)
             return kind(rows)
     raise UserError(
         "`labelled_file` must have the columns prompt, completion, score or prompt, chosen, rejected; it has "
@@ -148,23 +157,11 @@ def _read_labels(path: Path) -> Judge:
     )
 
 
-def _check_label(path: Path, number: int, row: Row, columns: Sequence[str]) -> None:
-    for column in columns:
-        value, where = row.get(column), f"`labelled_file` {path}, row {number}: `{column}`"
-        if column == "score":
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UserError(f"{where} must be a finite number, got {value!r}.")
-        elif not isinstance(value, str) and not _is_messages(value):
-            raise UserError(f"{where} must be text or a list of messages, got {value!r}.")
-
-
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "content" in m for m in value)
-
-
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """The columns besides the prompt, as TRL passes them to reward functions."""
-    return {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")} if rows else {}
+    return (
+        {key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "completion")} if rows else {}
+    )
 
 
 def _as_messages(rows: Sequence[Row], completions: Sequence[str]) -> list[Any]:
