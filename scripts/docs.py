@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bench_table  # noqa: E402
+import conformance  # noqa: E402
 from option_table import option_table  # noqa: E402
 
 from trl_rdro.cli.estimate import read_run  # noqa: E402
@@ -329,6 +330,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "versions": versions_table,
         "gpu": gpu_table,
     },
+    "docs/conformance.md": conformance.TABLES,
     "docs/performance.md": {"bench": bench},
     "docs/studies.md": {path.name: partial(study, path.name) for path in sorted(STUDIES.iterdir())},
 }

@@ -13,12 +13,14 @@ is refused: without it the classifier's head would be random.
 Two schemas are known: rows of one response each, those of a prompt next to one another (HelpSteer2: prompt, response,
 ratings), and rows with a list of responses. The two scores are kept in the output; prompts with one response, and
 ties, are left out (`--min_gap` asks for a larger difference). A prompt that holds a conversation in one text, as many
-of HelpSteer2's do, becomes its turns.
+of HelpSteer2's do, becomes its turns. `--soft_labels S` adds the column `preference_probability`, sigma(difference of
+the scores / S), which the losses for soft labels read; S = 1 is what a Bradley-Terry reward model means by its scores.
 
 The input is a hub id or a local file; it is streamed. A run that was interrupted continues when started again.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice
@@ -120,7 +122,9 @@ def reward_scorer(args: argparse.Namespace) -> Callable[[list[tuple[Any, Any]]],
     return score
 
 
-def best_vs_worst(group: Group, scores: list[float], min_gap: float) -> Iterator[dict[str, Any]]:
+def best_vs_worst(
+    group: Group, scores: list[float], min_gap: float, soft_labels: float | None
+) -> Iterator[dict[str, Any]]:
     """The pair of a prompt, if it has one."""
     prompt, responses, _, _ = group
     ranked = sorted(range(len(responses)), key=lambda i: scores[i])
@@ -135,6 +139,7 @@ def best_vs_worst(group: Group, scores: list[float], min_gap: float) -> Iterator
             "rejected": as_messages("assistant", responses[worst]),
             "score_chosen": float(scores[best]),
             "score_rejected": float(scores[worst]),
+            **({} if soft_labels is None else {"preference_probability": 1 / (1 + math.exp(-gap / soft_labels))}),
         }
 
 
@@ -149,11 +154,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt_column", default="prompt")
     parser.add_argument("--response_column", default="response", help="a text, a conversation, or a list of texts")
     parser.add_argument("--min_gap", type=float, default=0.0, help="the smallest difference of scores to keep")
+    parser.add_argument("--soft_labels", type=float, metavar="S", help="also write preference_probability")
     parser.add_argument("--batch_size", type=int, default=16, help="responses that the reward model reads at once")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a response with its prompt")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--limit", type=int, help="input rows to read")
     args = parser.parse_args(argv)
+    if args.soft_labels is not None and not args.soft_labels > 0:
+        parser.error(f"--soft_labels must be more than 0, got {args.soft_labels}")
 
     free = ("output", "batch_size", "device")  # what may differ when a run continues
     output = Output(args.output, {key: value for key, value in vars(args).items() if key not in free})
@@ -173,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
             pairs = [
                 pair
                 for group, own in zip(step, scores, strict=True)
-                for pair in best_vs_worst(group, own, args.min_gap)
+                for pair in best_vs_worst(group, own, args.min_gap, args.soft_labels)
             ]
             output.step(sum(group[3] for group in step), pairs)
     except KeyError as error:

@@ -13,7 +13,7 @@ from trl_rdro.trainers import objectives
 
 from .loss_cases import LOSS_CASES
 from .tiny import cpu_args
-from .training import SGD, steps, train
+from .training import SGD, make_trainer, parameters, same_parameters, steps, train
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -52,6 +52,25 @@ def test_a_run_starts_at_the_constant_logs_its_metrics_and_learns(name, model, t
     assert {key for key in logs[0] if key.startswith(f"{name}/")} == {f"{name}/{metric}" for metric in case.metrics}
     assert logs[-1]["rewards/margins"] > logs[0]["rewards/margins"] + 1e-3
     assert logs[-1]["loss"] < logs[0]["loss"]
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(name, model, tmp_path):
+    """Of two micro-batches a step, resumed after the first of two steps. Killed runs are in test_interruptions."""
+    settings = {
+        "loss_type": name,
+        **LOSS_CASES[name].settings,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    whole = train(model, tmp_path, **settings)
+    resumed = make_trainer(model, tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 2 and len(steps(resumed)) == 2
+    assert same_parameters(parameters(whole), parameters(resumed))
 
 
 @pytest.mark.parametrize("name", [*of_family("pair"), "sigmoid", "ipo", "hinge"])

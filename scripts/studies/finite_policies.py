@@ -42,7 +42,7 @@ ONE_ANNOTATOR = torch.zeros(BATCH, dtype=torch.int64)
 class Task:
     """
     Attributes:
-        features: `(m, d)` of the completions, sparse.
+        features: `(m, d)` of the completions, sparse and coalesced.
         prompts: `(m,)` the prompt of each, a number.
         log_reference: `(m,)` their log-probability under the reference.
         lengths: `(m,)` tokens of each.
@@ -66,7 +66,9 @@ class Task:
 
     def logratios(self, theta: torch.Tensor) -> torch.Tensor:
         """z of all completions, `(m,)`, in nats."""
-        scores = torch.sparse.mm(self.features, theta[:, None])[:, 0]
+        rows, columns = self.features.indices()
+        terms = self.features.values() * theta[columns]
+        scores = torch.zeros(len(self.prompts)).index_add(0, rows, terms)  # ten times as fast as a sparse product
         tilted = self.log_reference + scores
         largest = tilted.max().detach()
         totals = torch.zeros(int(self.prompts.max()) + 1).index_add(0, self.prompts, (tilted - largest).exp())
@@ -85,7 +87,7 @@ def language() -> Task:
     of_pairs = cyclic_language(cycle=0.0)
     base, better = torch.tensor(of_pairs.base, dtype=torch.float32), torch.tensor(of_pairs.preference > 0.5).nonzero()
     return Task(
-        features=torch.eye(OUTCOMES).to_sparse(),
+        features=torch.eye(OUTCOMES).to_sparse().coalesce(),
         prompts=torch.zeros(OUTCOMES, dtype=torch.int64),
         log_reference=base.log(),
         lengths=torch.full((OUTCOMES,), float(TOKENS)),
@@ -112,7 +114,7 @@ def ratings() -> Task:
     pairs = torch.arange(len(texts)).view(-1, 2)
     pool, test = pairs[: len(rows["train"])], pairs[len(rows["train"]) :]
     return Task(
-        features=features.to_sparse(),
+        features=features.to_sparse().coalesce(),
         prompts=prompts,
         log_reference=-prompts.bincount()[prompts].float().log(),
         lengths=torch.tensor([float(len(text)) for text in words]).clamp(min=1),

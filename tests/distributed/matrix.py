@@ -125,7 +125,12 @@ NOISE = [
 REFUSED = [("zero3", Cell("wdpo", "lora", checkpointing=True, noise=True))]
 # The last, because a backward pass that fails half-way may disturb the cells after it
 BF16 = [Cell(loss, model, "bf16") for loss in ("rdro", "wdpo") for model in ("full", "lora")]
-CELLS = MATRIX + [Cell(loss, accumulation=2) for loss in FAMILY] + QLORA + PACKED + NOISE + BF16
+# One loss for each of those three things with everything that MATRIX varies at once, and with bf16
+REPRESENTATIVES = [
+    Cell(loss, "lora", checkpointing=True, precomputed=True, accumulation=2) for loss in ("drdpo", "repo", "mrpo")
+] + [Cell(loss, dtype="bf16", accumulation=2) for loss in ("drdpo", "repo", "mrpo")]
+FAMILY_CELLS = [Cell(loss, accumulation=2) for loss in FAMILY] + REPRESENTATIVES[:3]
+CELLS = MATRIX + FAMILY_CELLS + QLORA + PACKED + NOISE + BF16 + REPRESENTATIVES[3:]
 
 # Splits of one step's samples: on each rank, (micro-batch, accumulation)
 SPLITS = {1: [(8, 1), (2, 4), (1, 8)], 2: [(4, 1), (1, 4)]}

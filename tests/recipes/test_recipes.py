@@ -87,6 +87,16 @@ def pairs_without_prompt(n: int) -> list[dict]:
     ]
 
 
+def pairs_with_soft_labels(n: int) -> list[dict]:
+    """As `prepare_best_vs_worst.py --soft_labels` writes them."""
+    return [{**row, "preference_probability": 0.6 + 0.4 * (i % 2)} for i, row in enumerate(pairs_with_prompt(n))]
+
+
+def pairs_with_groups(n: int) -> list[dict]:
+    """As `quickstart_groups.py` writes them. Groups of one size start with equal weights."""
+    return [{**row, "group": ("film", "tweet")[i % 2]} for i, row in enumerate(tiny_preferences(n))]
+
+
 def completions(n: int) -> list[dict]:
     """As trl-lib/kto-mix-14k and UF-G; 39 % are preferred."""
     rows = []
@@ -98,6 +108,8 @@ def completions(n: int) -> list[dict]:
 
 SCHEMAS = {
     "data/helpsteer2": pairs_with_prompt,
+    "data/hs2-soft": pairs_with_soft_labels,
+    "data/quickstart-groups": pairs_with_groups,
     "trl-lib/ultrafeedback_binarized": pairs_without_prompt,
     "trl-lib/ultrafeedback-gpt-3.5-turbo-helpfulness": completions,
     "trl-lib/kto-mix-14k": completions,

@@ -1,6 +1,7 @@
 """The data preparation scripts, on small files with the columns of the sets they are for."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import prepare_best_vs_worst
 import prepare_ratings
 import pytest
+import quickstart_groups
 import torch
 from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
@@ -79,6 +81,24 @@ def test_best_versus_worst_by_score(tmp_path):
     rows = read(tmp_path / "out.jsonl")
     assert [row["chosen"][0]["content"] for row in rows] == [f"answer {i} {i % 2}" for i in range(10) if i % 5]
     assert {(row["score_chosen"], row["score_rejected"]) for row in rows} == {(4.0, 1.0)}
+
+
+def test_soft_labels_are_the_logistic_function_of_the_gap(tmp_path):
+    source = write(tmp_path / "hs.jsonl", helpsteer2(10))
+    arguments = ["--score_column", "helpfulness", "--soft_labels", "2"]
+    prepare_best_vs_worst.main([source, str(tmp_path / "out.jsonl"), *arguments])
+    found = [row["preference_probability"] for row in read(tmp_path / "out.jsonl")]
+    assert len(found) == 8 and found == pytest.approx([1 / (1 + math.exp(-(4 - 1) / 2))] * 8)
+    with pytest.raises(SystemExit):
+        prepare_best_vs_worst.main([source, str(tmp_path / "x.jsonl"), *arguments[:3], "0"])
+
+
+def test_quickstart_pairs_with_groups(tmp_path):
+    quickstart_groups.main([str(tmp_path / "groups")])
+    rows = load_dataset(str(tmp_path / "groups"))
+    assert {split: len(rows[split]) for split in rows} == {"train": 1422, "test": 256}
+    assert set(rows["test"]["group"]) == {"film", "product", "tweet", "editorial"}
+    assert rows["train"].column_names == ["prompt", "chosen", "rejected", "group"]
 
 
 def test_lists_of_responses(tmp_path):

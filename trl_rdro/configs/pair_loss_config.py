@@ -13,7 +13,7 @@ class PairLossConfig:
             γ of Hölder-DPO, > 0: larger lets go sooner of pairs that the policy contradicts. Published: 2, tried 1 to
             8, at `beta=0.1`.
         ropo_alpha (`float`, *optional*, defaults to `14.0`):
-            α of ROPO, > 0: weight of its bounded part. Small is DPO. Published: 14 (recalled).
+            α of ROPO, > 0: weight of its bounded part. Small is DPO. Published: 14 (at second hand).
         repo_eta (`float`, *optional*, defaults to `0.9`):
             η of RE-PO at the start, in (0, 1]: the share of labels that are right; of each annotator where the data
             have a column `annotator`. 1 is DPO for ever. Published: 0.9.
@@ -23,7 +23,7 @@ class PairLossConfig:
             R of χPO, > 0: its scaled difference is clipped to ±2R. Published: 1 to 2, at `beta` 0.05 or 0.005.
         dpop_lambda (`float`, *optional*, defaults to `50.0`):
             λ of DPO-Positive, >= 0: cost of a nat that the chosen completion loses to the reference. 0 is DPO.
-            Published: 50 (recalled).
+            Published: 50 (at second hand).
         adadpo_rho0 (`float`, *optional*, defaults to `0.1`):
             ρ₀ of Ada-DPO, > 0: larger means smaller temperatures; from log 2 on all are `adadpo_tau_min`. Released
             runs: 0.1 at `beta=0.1`.

@@ -90,7 +90,8 @@ def accepted(
     Args:
         candidates: indices into `rewards`, in random order, at least `number`.
     """
-    left, result = list(candidates), []
+    left = list(candidates)
+    result: list[int] = []
     while len(result) < number:
         largest = max(rewards[i] for i in left)
         for i in left.copy():
