@@ -44,6 +44,9 @@ FAMILY: dict[str, dict[str, Any]] = {
     "kldpo_weighted": LOSSES["kldpo"],
     "kldpo_repo": {**LOSSES["kldpo"], "inner_loss_type": "repo"},
 }
+# So sharp that gradients are multiplied within a step, lest weights overflow
+FAMILY["kldpo_sharp"] = {"loss_type": "kldpo", "kldpo_tau": 1e-4}
+FAMILY["wdpo_one_sided"] = {**LOSSES["wdpo"], "wdpo_difference": "one_sided"}
 OVER_A_STEP = ("drdpo", "grdpo", "repo", "kldpo_weighted", "kldpo_repo")
 
 
@@ -113,9 +116,14 @@ PACKED = [
         Cell("rdro", "qlora"),
     )
 ]
+# Two backward passes for a micro-batch, which DeepSpeed does not have
+ONE_SIDED = [Cell("wdpo_one_sided", model, checkpointing=True) for model in ("full", "lora")]
+ONE_SIDED += [Cell("wdpo_one_sided", packed=packed, accumulation=2) for packed in (False, True)]
 # The last, because a backward pass that fails half-way may disturb the cells after it
 BF16 = [Cell(loss, model, "bf16") for loss in ("rdro", "wdpo") for model in ("full", "lora")]
-CELLS = MATRIX + [Cell(loss, accumulation=2) for loss in FAMILY] + QLORA + PACKED + BF16
+BF16 += [Cell("rdro", dtype="bf16", packed=True)]
+OF_FAMILY = [Cell(loss, accumulation=2) for loss in FAMILY if loss != "wdpo_one_sided"]
+CELLS = MATRIX + OF_FAMILY + QLORA + PACKED + ONE_SIDED + BF16
 
 # Splits of one step's samples: on each rank, (micro-batch, accumulation)
 SPLITS = {1: [(8, 1), (2, 4), (1, 8)], 2: [(4, 1), (1, 4)]}
@@ -133,9 +141,15 @@ def split_cells(world: int) -> list[Cell]:
     ]
 
 
+def runs(engine: str, cell: Cell) -> bool:
+    """Whether the engine has what the cell needs."""
+    return not (engine.startswith("zero") and cell in ONE_SIDED)
+
+
 def cells_of(engine: str) -> list[Cell]:
     """All that one launch of `engine` runs."""
-    return (split_cells(ENGINES[engine]) if engine in SPLIT_ENGINES else []) + CELLS
+    splits = split_cells(ENGINES[engine]) if engine in SPLIT_ENGINES else []
+    return splits + [cell for cell in CELLS if runs(engine, cell)]
 
 
 def tolerances(cell: Cell) -> dict[str, float]:
