@@ -6,9 +6,9 @@ Packed rows and shared prompts against stock TRL's `sigmoid`, on pairs of real a
 
 Each line of that file is a cell, of about a minute. A cell that is done is a line of the output, and is not done
 again: a bench that was killed goes on. Both sides see the same pairs in the same order, in turns of one round, which
-is four pairs or more that are new to both; after a round of warm-up. Processor time on one thread, in which what else the
-machine does is not; wall time stands beside it. Everything of an optimiser step is in it. Peak memory is that of all
-tensors in one more round, model and optimiser included.
+is four pairs or more that are new to both; after a round of warm-up. Processor time on one thread, in which what else
+the machine does is not; wall time stands beside it. Everything of an optimiser step is in it. Peak memory is that of
+all tensors in one more round, model and optimiser included.
 """
 
 import argparse

@@ -26,4 +26,9 @@ def padding_lines(inspection: Inspection, args: Any) -> Iterator[str]:
     fewer = saved.shared if shares else saved.packed
     how = " with shared prompts" if shares else ""
     verb = "forwards" if args.padding_free else "would forward"
+    largest = saved.largest_shared if shares else saved.largest_packed
     yield f"padding_free {verb} {fewer:.2f} times fewer{how}: the speed-up to expect where linear layers take the time"
+    yield (
+        f"The largest of these batches: {saved.largest_padded} positions, or {largest} tokens in a packed row (for "
+        "`trl-rdro estimate --packed_tokens`)"
+    )
