@@ -19,15 +19,27 @@ CORPORA = ("demo pairs", *MADE_UP)
 
 
 def pair_lengths(corpus: str, count: int, max_length: int, seed: int = 0) -> list[tuple[int, int, int]]:
-    """`count` pairs of a corpus, without those whose prompt leaves no room, which TRL drops."""
+    """`count` pairs of a corpus, without those whose prompt leaves no room, which TRL drops; completions are cut to
+    what room there is, as TRL does."""
     rng = random.Random(seed)
     found: list[tuple[int, int, int]] = []
     real = json.loads(DEMO.read_text())
     while len(found) < count:
         pair = rng.choice(real) if corpus == "demo pairs" else _made_up(rng, *MADE_UP[corpus])
         if pair[0] < max_length:
-            found.append(tuple(pair))
+            room = max_length - pair[0]
+            found.append((pair[0], min(pair[1], room), min(pair[2], room)))
     return found
+
+
+def grouped(corpus: str, count: int, max_length: int, batch: int) -> list[tuple[int, int, int]]:
+    """`count` pairs in the order of `train_sampling_strategy: group_by_length`: batches, in random order, of fifty
+    batches sorted by the length of their longest row."""
+    pool = pair_lengths(corpus, max(50 * batch, count), max_length)
+    pool.sort(key=lambda pair: -(pair[0] + max(pair[1:])))
+    batches = [pool[start : start + batch] for start in range(0, len(pool) - batch + 1, batch)]
+    random.Random(0).shuffle(batches)
+    return [pair for part in batches for pair in part][:count]
 
 
 def _made_up(rng: random.Random, prompt: tuple, completion: tuple) -> tuple[int, int, int]:

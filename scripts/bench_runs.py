@@ -42,7 +42,7 @@ from transformers.trainer_callback import PrinterCallback
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench_lengths import pair_lengths  # noqa: E402
+from bench_lengths import grouped, pair_lengths  # noqa: E402
 
 import trl_rdro  # noqa: E402
 from trl_rdro.compat import trl as trl_compat  # noqa: E402
@@ -71,6 +71,7 @@ class Run:
     checkpointing: bool = False
     attention: str = "sdpa"
     lengths: str = ""  # a corpus of `bench_lengths.py`; or every row is filled
+    grouped: bool = False  # its pairs are in order of length
     settings: tuple[tuple[str, Any], ...] = ()  # more fields of the config
 
     @property
@@ -157,7 +158,11 @@ def text_data(run: Run, rows: int) -> Dataset:
 
     prompts = [letters(run.length // 4) for _ in range(rows)]
     if run.lengths:
-        found = pair_lengths(run.lengths, rows, run.length)
+        found = (
+            grouped(run.lengths, rows, run.length, run.batch)
+            if run.grouped
+            else pair_lengths(run.lengths, rows, run.length)
+        )
         names = ("prompt", "chosen", "rejected")
         return Dataset.from_list([dict(zip(names, map(letters, pair), strict=True)) for pair in found])
     if run.paired:

@@ -138,6 +138,12 @@ REFUSED = [
         "trl_rdro",
         "makes two forwards for one backward where",
     ),
+    (
+        "`wdpo_difference: one_sided` with DeepSpeed, fp16, another loss, or a mixture of experts' auxiliary loss",
+        "`wdpo_difference: central`",
+        "trl_rdro",
+        "`wdpo_difference='one_sided'` cannot be",
+    ),
     ("`wdpo` on image data", "text data, or another loss", "trl_rdro", "perturbs text embeddings and is not defined"),
     ("unpaired `ddro`, `rdro` on image data", "pairs", "trl_rdro", "is not implemented for unpaired image data"),
     (
@@ -224,7 +230,10 @@ def engines_table() -> str:
                 ", ".join(f"`{loss}`" for loss in dict.fromkeys(loss for loss, _ in all_cells)),
                 " and ".join(["off"] * (False in checkpointing) + ["on"] * (True in checkpointing)),
                 " and ".join(reference),
-                *("tested" if of_engine == all_cells else "in part" for of_engine in by_engine.values()),
+                *(
+                    "tested" if of_engine == all_cells else "in part" if of_engine else "refused"
+                    for of_engine in by_engine.values()
+                ),
                 f"`test_equals_single_process[*-{model}-{dtype}{f'-*{of_kind}' if of_kind else '*'}]`",
             ]
         )

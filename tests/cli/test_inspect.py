@@ -134,6 +134,31 @@ def test_counts_and_lengths(inspect, tmp_path, model):
     assert "0 of 10 (0.0%) truncated, 0 of 10 (0.0%) dropped" in printed
 
 
+def test_padding_and_repeated_prompts_are_counted(inspect):
+    """In one batch of all rows, which has no order."""
+    tokenizer = tiny_tokenizer()
+    rows = [{**row, "chosen": row["chosen"] * (1 + i)} for i, row in enumerate(PAIRS[:4])]
+    tokens = [
+        [len(tokenizer(row[name]).input_ids) + (name != "prompt") for name in ("prompt", "chosen", "rejected")]
+        for row in rows
+    ]
+    positions = 8 * max(prompt + max(chosen, rejected) for prompt, chosen, rejected in tokens)
+    forwarded = sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in tokens)
+    repeated = sum(prompt - 1 for prompt, _, _ in tokens)
+    settings = {"per_device_train_batch_size": 4, "max_length": None}
+    printed = inspect(rows, **settings)
+    assert (
+        f"Batches of 4 pairs in random order: {1 - forwarded / positions:.0%} of positions are padding, "
+        f"{repeated / forwarded:.0%} of tokens are a prompt for the second time" in printed
+    )
+    fewer = f"{positions / (forwarded - repeated):.2f} times fewer with shared prompts"
+    assert f"padding_free would forward {fewer}" in printed
+    assert f"padding_free forwards {fewer}" in inspect(rows, padding_free=True, **settings)
+    assert f"padding_free would forward {positions / forwarded:.2f} times fewer:" in inspect(
+        rows, share_prompt=False, **settings
+    )
+
+
 def test_classes_are_counted(inspect):
     rows = [
         {"prompt": row["prompt"], "completion": row["chosen"], "label": number < 3} for number, row in enumerate(PAIRS)
@@ -142,6 +167,7 @@ def test_classes_are_counted(inspect):
     assert "Method:    kto (seen from the columns of the data" in printed
     assert "3 of 10 (30.0%) preferred, 7 not" in printed
     assert "completion, label False: " in printed
+    assert re.search(r"completions in random order: \d+% of positions are padding$", printed, re.MULTILINE)
     paired = inspect(PAIRS, method="kto")
     assert "10 of 20 (50.0%) preferred" in paired and "seen from" not in paired
 

@@ -42,6 +42,9 @@ FAMILY: dict[str, dict[str, Any]] = {
     "kldpo_weighted": LOSSES["kldpo"],
     "kldpo_repo": {**LOSSES["kldpo"], "inner_loss_type": "repo"},
 }
+# So sharp that gradients are multiplied within a step, lest weights overflow
+FAMILY["kldpo_sharp"] = {"loss_type": "kldpo", "kldpo_tau": 1e-4}
+FAMILY["wdpo_one_sided"] = {**LOSSES["wdpo"], "wdpo_difference": "one_sided"}
 OVER_A_STEP = ("drdpo", "grdpo", "repo", "kldpo_weighted", "kldpo_repo")
 
 
@@ -123,14 +126,19 @@ NOISE = [
 ]
 # What cannot be run: TRL makes the checkpointing of adapters reentrant there
 REFUSED = [("zero3", Cell("wdpo", "lora", checkpointing=True, noise=True))]
+# Two backward passes for a micro-batch, which DeepSpeed does not have
+ONE_SIDED = [Cell("wdpo_one_sided", model, checkpointing=True) for model in ("full", "lora")]
+ONE_SIDED += [Cell("wdpo_one_sided", packed=packed, accumulation=2) for packed in (False, True)]
 # The last, because a backward pass that fails half-way may disturb the cells after it
 BF16 = [Cell(loss, model, "bf16") for loss in ("rdro", "wdpo") for model in ("full", "lora")]
+BF16 += [Cell("rdro", dtype="bf16", packed=True)]
 # One loss for each of those three things with everything that MATRIX varies at once, and with bf16
 REPRESENTATIVES = [
     Cell(loss, "lora", checkpointing=True, precomputed=True, accumulation=2) for loss in ("drdpo", "repo", "mrpo")
 ] + [Cell(loss, dtype="bf16", accumulation=2) for loss in ("drdpo", "repo", "mrpo")]
-FAMILY_CELLS = [Cell(loss, accumulation=2) for loss in FAMILY] + REPRESENTATIVES[:3]
-CELLS = MATRIX + FAMILY_CELLS + QLORA + PACKED + NOISE + BF16 + REPRESENTATIVES[3:]
+FAMILY_CELLS = [Cell(loss, accumulation=2) for loss in FAMILY if loss != "wdpo_one_sided"]
+FAMILY_CELLS += REPRESENTATIVES[:3]
+CELLS = MATRIX + FAMILY_CELLS + QLORA + PACKED + NOISE + ONE_SIDED + BF16 + REPRESENTATIVES[3:]
 
 # Splits of one step's samples: on each rank, (micro-batch, accumulation)
 SPLITS = {1: [(8, 1), (2, 4), (1, 8)], 2: [(4, 1), (1, 4)]}
@@ -148,9 +156,20 @@ def split_cells(world: int) -> list[Cell]:
     ]
 
 
+def is_launched(engine: str, cell: Cell) -> bool:
+    """Whether the engine has what the cell needs."""
+    return not (engine.startswith("zero") and cell in ONE_SIDED)
+
+
+def runs(engine: str, cell: Cell) -> bool:
+    """Whether the cell is run to its end, not refused."""
+    return is_launched(engine, cell) and (engine, cell) not in REFUSED
+
+
 def cells_of(engine: str) -> list[Cell]:
     """All that one launch of `engine` runs."""
-    return (split_cells(ENGINES[engine]) if engine in SPLIT_ENGINES else []) + CELLS
+    splits = split_cells(ENGINES[engine]) if engine in SPLIT_ENGINES else []
+    return splits + [cell for cell in CELLS if is_launched(engine, cell)]
 
 
 def tolerances(cell: Cell) -> dict[str, float]:

@@ -11,7 +11,9 @@ def test_worked_example():
     one = savings(lengths, 1, None)
     assert one.padding == pytest.approx(1 - 36 / 40) and one.packed == pytest.approx(40 / 36)
     assert one.repeated == pytest.approx((3 + 9) / 36) and one.shared == pytest.approx(40 / 24)
+    assert one[-3:] == (26, 24, 15)
     two = savings(lengths, 2, None)
+    assert two[-3:] == (52, 36, 24)
     assert two.padding == pytest.approx(1 - 36 / 52) and two.shared == pytest.approx(52 / 24)
 
 

@@ -268,6 +268,16 @@ def test_recipe_of_one_gpu(name, stand_ins, tmp_path):
     check(name, run(header["method"], training_argv(path, output=str(tmp_path / "out"), **stand_ins(name))), 1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b/kldpo_lora", "qwen2.5-0.5b/rdro_full"])
+def test_recipe_with_packed_rows(name, stand_ins, tmp_path):
+    """Pairs and completions; what each recipe offers is no more than a line of it."""
+    path, header, settings = recipe(name)
+    assert all("padding_free" in recipe(other)[2] for other in NAMES)
+    argv = [*training_argv(path, output=str(tmp_path / "out"), **stand_ins(name)), "--padding_free", "true"]
+    check(name, run(header["method"], argv), 1)
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, stand_ins):
     """Run all recipes of an accelerate config in one launch of `trl-rdro` with two processes, once."""

@@ -76,6 +76,17 @@ CELLS = {
         cpu_run(128, 2, losses=("wdpo",), precomputed=True),
         "backward, LM head",
     ),
+    "wdpo-one-sided": (
+        dict(NARROW, vocab_size=512),
+        cpu_run(128, 2, losses=("wdpo",), wdpo_one_sided=True, precomputed=True),
+        "backward, LM head",
+    ),
+    # Two pairs of rows of 128 and 65 tokens, of which 31 are shared
+    "full-wide-packed": (
+        dict(WIDE, vocab_size=512),
+        cpu_run(128, 2, packed_tokens=324, precomputed=True),
+        "backward, first layer",
+    ),
     "wdpo-lora-wide": (
         dict(WIDE, intermediate_size=16384, vocab_size=512),
         cpu_run(64, 1, losses=("wdpo",), lora=True, half=True),
@@ -131,9 +142,11 @@ def train(model: dict, run: Run, directory: str) -> None:
         precompute_ref_log_probs=run.precomputed,
         optim=run.optim,
     )
-    args = (DPOConfig if run.paired else KTOConfig)(
-        **{**settings, "activation_checkpointing": run.checkpointing, "bf16": run.half}
-    )
+    settings |= {"activation_checkpointing": run.checkpointing, "bf16": run.half}
+    settings |= {"padding_free": run.packed_tokens is not None}
+    if run.wdpo_one_sided:
+        settings |= {"wdpo_difference": "one_sided"}
+    args = (DPOConfig if run.paired else KTOConfig)(**settings)
     kwargs = {}
     if run.lora:
         from peft import LoraConfig
@@ -265,6 +278,19 @@ def test_wdpo_doubles_the_batch(shape_8b):
     assert estimate(shape_8b, replace(run, wdpo_penalised=False)).total == estimate(shape_8b, dpo).total
 
 
+def test_packed_rows_are_smaller_and_one_sided_steps_hold_one_batch(shape_8b):
+    padded = Run(1024, 4, losses=("wdpo",), precomputed=True)
+    packed = replace(padded, packed_tokens=5000)
+    assert estimate(shape_8b, packed).total < estimate(shape_8b, padded).total
+    assert (packed.rows, packed.row_length) == (2, 5000)
+    one_sided = replace(padded, wdpo_one_sided=True)
+    assert 2 * one_sided.rows == padded.rows == 16
+    assert dict(knobs(padded))["wdpo_difference: one_sided"] == one_sided
+    assert "wdpo_difference: one_sided" not in dict(knobs(one_sided))
+    halved = next(changed for _, changed in knobs(packed) if changed.batch == 2)
+    assert halved.packed_tokens == 2500
+
+
 # The command
 
 
@@ -283,6 +309,9 @@ def test_command_reads_the_header_and_takes_options(capsys):
     assert as_json["parameters"] == 8030261248
     more = json.loads(run_command(capsys, *argv, "--json", "--gpus", "16", "--per_device_train_batch_size", "2"))
     assert more["total_gib"] < as_json["total_gib"]
+    packed = [*argv, "--json", "--padding_free", "true"]
+    bound, known = (json.loads(run_command(capsys, *packed, *more)) for more in ([], ["--packed_tokens", "900"]))
+    assert known["total_gib"] < bound["total_gib"] <= as_json["total_gib"] and "900 tokens" in known["run"]
     ddp = run_command(capsys, *argv, "--accelerate_config", "multi_gpu")
     assert "data parallel" in ddp
 
@@ -296,6 +325,8 @@ def test_command_refuses_in_a_sentence(capsys):
         (["--config", config, "--accelerate_config", "zero9"], "zero9"),
         (["--config", config, "--model_name_or_path", "/nowhere"], "/nowhere"),
         (["--config", config, "--max_lenght", "3"], "max_length"),
+        (["--config", config, "--packed_tokens", "0"], "at least 1"),
+        (["--config", config, "--packed_tokens", "900"], "add --padding_free true"),
     ]:
         assert main(["estimate", *argv]) == 2
         assert word in capsys.readouterr().err

@@ -6,6 +6,7 @@ from peft import LoraConfig
 from transformers.integrations.neftune import activate_neftune
 
 from trl_rdro import DPOTrainer
+from trl_rdro.trainers import input_gradient_penalty
 from trl_rdro.trainers.noise import NoiseState
 from trl_rdro.trainers.step import Step
 
@@ -92,6 +93,29 @@ def test_wdpo_under_noise_is_exact_for_its_masks(tmp_path, noise, checkpointing)
     torch.manual_seed(8)
     trainer.compute_loss(trainer.model, batch).backward()
     assert (gradient(trainer) - exact).norm() > 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_one_sided_difference_is_taken_under_the_same_noise(tmp_path, noise, monkeypatch):
+    """Its mean over both sides is exact for the masks of its first pass, which are those of the second too."""
+    rho = 2.0
+    settings = {"loss_type": "wdpo", "wdpo_difference": "one_sided", "wdpo_rho": rho, "beta": 0.5}
+    trainer = make(tmp_path, noise, **settings)
+    trainer.model.train()
+    start_noise(trainer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model, batch)  # finds k
+    found, share = [], trainer._finite_difference_step.share
+    for side in (1, -1):
+        monkeypatch.setattr(input_gradient_penalty, "signs", lambda ids, *_, side=side: torch.full((4,), side))
+        trainer._finite_difference_step.share = share
+        trainer.model.zero_grad()
+        torch.manual_seed(7)
+        trainer.compute_loss(trainer.model, batch).backward()
+        found.append(gradient(trainer))
+    trainer.model.zero_grad()
+    exact = penalty_by_double_backward(trainer, batch, rho)
+    assert ((found[0] + found[1]) / 2 - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["one pass", "weighed before"])

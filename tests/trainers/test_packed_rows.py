@@ -157,6 +157,7 @@ def test_options_of_trl(tmp_path, settings):
         {"loss_type": "kldpo", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
         {"loss_type": "rdro", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
         {"loss_type": "wdpo", "wdpo_penalty": "rms"},
+        {"loss_type": "wdpo", "wdpo_difference": "one_sided", "max_steps": 1},
         {"loss_type": "wdpo", "activation_checkpointing": True},
         {"loss_type": "wdpo", "precompute_ref_log_probs": True},
     ],

@@ -24,7 +24,9 @@ def read_accelerate(name: str | None) -> dict[str, Any]:
     return {} if name is None else check_accelerate_config(accelerate_config_file(name))
 
 
-def read_run(method: str, argv: list[str], gpus: int | None, accelerate_config: str | None) -> tuple:
+def read_run(
+    method: str, argv: list[str], gpus: int | None, accelerate_config: str | None, packed_tokens: int | None = None
+) -> tuple:
     """
     The sizes of the model and the settings of the run that a training command line describes: a `Shape` and a `Run`
     of `trl_rdro.tools.memory`. Without `gpus` the accelerate config says how many.
@@ -41,6 +43,8 @@ def read_run(method: str, argv: list[str], gpus: int | None, accelerate_config: 
         raise UserError(f"estimate does not read {unused[0]}: give --gpus and --accelerate_config")
     if args.max_length is None:
         raise UserError("max_length is not set: without it the longest example decides; give --max_length")
+    if packed_tokens is not None and not args.padding_free:
+        raise UserError("--packed_tokens is of packed rows: add --padding_free true")
     name = model_args.model_name_or_path
     config = load_config(name, model_args.model_revision, args.trust_remote_code)
     with user_error(AttributeError, ValueError, prefix=f"cannot count the parameters of {name}: "):
@@ -50,7 +54,7 @@ def read_run(method: str, argv: list[str], gpus: int | None, accelerate_config: 
         dtype = str(config.dtype or "float32").removeprefix("torch.")
     with user_error(ValueError):
         gpus = processes_of(accelerate) if gpus is None else gpus
-        return shape, run_of(args, model_args, dtype, gpus, **engine_of(accelerate, gpus))
+        return shape, run_of(args, model_args, dtype, gpus, packed_tokens, **engine_of(accelerate, gpus))
 
 
 def make_parser() -> Parser:
@@ -63,6 +67,13 @@ def make_parser() -> Parser:
     parser.add_argument("--method", choices=METHODS, help="the training command; default: the recipe's, or dpo")
     parser.add_argument("--gpus", type=int, help="processes in all; default: the recipe's, or the accelerate config's")
     parser.add_argument("--accelerate_config", help="a name or file; default: the recipe's")
+    parser.add_argument(
+        "--packed_tokens",
+        type=int,
+        metavar="N",
+        help="with padding_free, tokens of the largest packed row, as `trl-rdro inspect` says; default: as if all "
+        "rows were of max_length and no prompt shared",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -94,6 +105,7 @@ def main(argv: list[str]) -> int:
     """Print the estimate for the command line `argv`."""
     options, training_argv = make_parser().parse_known_args(argv)
     require_between("--gpus", options.gpus, 1)
+    require_between("--packed_tokens", options.packed_tokens, 1)
     header = {}
     if options.config is not None:
         header = read_header(options.config)
@@ -104,7 +116,8 @@ def main(argv: list[str]) -> int:
     gpus = options.gpus
     if gpus is None and "gpus" in header and options.accelerate_config is None:
         gpus = int(header["gpus"])
-    shape, run = read_run(method, training_argv, gpus, options.accelerate_config or header.get("accelerate"))
+    accelerate_config = options.accelerate_config or header.get("accelerate")
+    shape, run = read_run(method, training_argv, gpus, accelerate_config, options.packed_tokens)
 
     from ..tools.memory import as_dict
 

@@ -22,10 +22,10 @@ def make_parser() -> Parser:
         prog="trl-rdro inspect",
         usage="%(prog)s [dpo|kto] --config FILE [--row N] [--limit N] [--split NAME] [--color] [--OPTION VALUE ...]",
         description="Print one row of a recipe's training data as the model will see it, with prompt and completion "
-        "masks coloured and special tokens visible, then counts, lengths in tokens, truncation, and warnings: BOS "
-        "twice, chat template twice, no EOS, empty or equal completions. Loads the tokenizer and the data only. "
-        "Options of the training command are taken too and override the file's. Without dpo or kto, the options and "
-        "the data decide which it is.",
+        "masks coloured and special tokens visible, then counts, lengths in tokens, truncation, warnings (BOS twice, "
+        "chat template twice, no EOS, empty or equal completions), and how much is padding. Loads the tokenizer and "
+        "the data only. Options of the training command are taken too and override the file's. Without dpo or kto, "
+        "the options and the data decide which it is.",
     )
     parser.add_argument("--config", metavar="FILE", help="the recipe")
     parser.add_argument("--row", type=int, default=0, metavar="N", help="the row to print, of those kept (default: 0)")
@@ -118,6 +118,7 @@ def main(argv: list[str]) -> int:
     from ..compat.trl import prepare_dataset
     from ..tools.inspection import Painter, inspect_rows, report_lines, row_lines
     from ..tools.loading import load_processing_class, require_text
+    from ..tools.padding import padding_lines
 
     dataset, total = load(options, next(iter(possible.values())))
     why = "its options" if method is not None and argv[:1] != [method] else ""
@@ -151,7 +152,9 @@ def main(argv: list[str]) -> int:
     print(f"\nRow {options.row} of {len(prepared)}: {paint('prompt', 'prompt')}, {paint('completion', 'completion')}")
     print("\n".join(row_lines(method, collator, prepared[options.row], tokenizer, paint)))
     print()
-    print("\n".join(report_lines(inspect_rows(method, prepared, rows_before, args, tokenizer, read), paint)))
+    inspection = inspect_rows(method, prepared, rows_before, args, tokenizer, read)
+    print("\n".join(report_lines(inspection, paint)))
+    print("\n".join(padding_lines(inspection, args)))
     return 0
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -115,6 +116,31 @@ def path_of_deepspeed_unchanged():
         yield
     finally:
         accelerate_launch.env_var_path_add = add
+
+
+def reason_for_one_backward(accelerator: Any) -> str | None:
+    """Why a micro-batch can have no more than one backward pass; `None`: it can."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return "DeepSpeed takes each backward pass for a micro-batch"
+    if accelerator.mixed_precision == "fp16":
+        return "fp16 scales the gradients"
+    return None
+
+
+def without_gradient_sync(accelerator: Any, model: torch.nn.Module) -> AbstractContextManager:
+    """For a backward pass in a micro-batch before its last. Where gradients wait already, nothing is changed: FSDP2
+    would no longer wait afterwards."""
+    return accelerator.no_sync(model) if accelerator.sync_gradients else nullcontext()
+
+
+def backward(accelerator: Any) -> Callable[[torch.Tensor], None]:
+    """A backward pass as the Trainer makes it: not under the autocast of a forward."""
+
+    def run(loss: torch.Tensor) -> None:
+        with torch.autocast(loss.device.type, enabled=False):
+            accelerator.backward(loss)
+
+    return run
 
 
 def settle_fsdp2(model: torch.nn.Module | None) -> None:

@@ -14,12 +14,17 @@ class Savings(NamedTuple):
         repeated: share of its tokens that are a pair's prompt for the second time; 0 where completions are not paired.
         packed: padded positions per token forwarded in packed rows.
         shared: the same with shared prompts.
+        largest_padded, largest_packed, largest_shared: positions or tokens of the largest batch, which peak memory
+            follows.
     """
 
     padding: float
     repeated: float
     packed: float
     shared: float
+    largest_padded: int
+    largest_packed: int
+    largest_shared: int
 
 
 def savings(
@@ -35,13 +40,19 @@ def savings(
         keep_end: whether truncation takes from the prompt.
     """
     order = random.Random(0).sample(lengths, len(lengths))
-    positions = 0
+    padded, packed, shared = [], [], []
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         rows = [prompt + completion for prompt, completions in batch for completion in completions]
-        positions += len(rows) * min(max(rows), max_length or max(rows))
-    packed, shared = (
-        sum(forwarded_tokens(prompt, completions, max_length, share, keep_end) for prompt, completions in lengths)
-        for share in (False, True)
+        padded.append(len(rows) * min(max(rows), max_length or max(rows)))
+        for share, tokens in ((False, packed), (True, shared)):
+            tokens.append(sum(forwarded_tokens(*sample, max_length, share, keep_end) for sample in batch))
+    return Savings(
+        1 - sum(packed) / sum(padded),
+        1 - sum(shared) / sum(packed),
+        sum(padded) / sum(packed),
+        sum(padded) / sum(shared),
+        max(padded),
+        max(packed),
+        max(shared),
     )
-    return Savings(1 - packed / positions, 1 - shared / packed, positions / packed, positions / shared)

@@ -146,7 +146,7 @@ class DPOTrainer(
             step.noise.restore()
         grad_norms, metrics = None, dict[str, torch.Tensor]()
         if self._is_penalised(step.index):
-            outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, columns, metrics)
+            outputs, grad_norms = self._forward_with_grad_norms(model, inputs, ref_logps, columns, step, metrics)
         else:
             outputs = trl_compat.policy_forward(self, model, inputs)
         logratios = self._logratios(outputs.log_probs, inputs, ref_logps)

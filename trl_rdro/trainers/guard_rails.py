@@ -113,14 +113,18 @@ class GuardRails:
             return
         self.large_gaps = self.large_gaps + 1 if metrics["wdpo/gap"] > LARGE_GAP else 0
         if self.large_gaps >= STEPS_WITH_LARGE_GAP:
+            one_sided = self.args.wdpo_difference == "one_sided"
+            error = "that is the error of the penalty's gradient"
+            if not one_sided:
+                error += ", and the base loss's, read from the same two points, is off by three times as much"
             self.warn_once(
                 "wdpo",
-                f"`wdpo` at step {step}: the central difference has been off by more than {LARGE_GAP:.0%} for "
-                f"{self.large_gaps} micro-batches (now {metrics['wdpo/gap']:.1%} with a relative step of "
-                f"{metrics['wdpo/eps']:.1e}): that is the error of the penalty's gradient, and the base loss's, read "
-                "from the same two points, is off by three times as much. Too large a step for a sharp loss (a large "
+                f"`wdpo` at step {step}: the {'one-sided' if one_sided else 'central'} difference has been off by "
+                f"more than {LARGE_GAP:.0%} for {self.large_gaps} micro-batches (now {metrics['wdpo/gap']:.1%} with a "
+                f"relative step of {metrics['wdpo/eps']:.1e}): {error}. Too large a step for a sharp loss (a large "
                 "`beta`, a trained model) does it, too small a one in half precision, and a forward that is not the "
-                "same twice. Compute in float32 or in bfloat16 with float32 weights, or set `wdpo_eps` by hand.",
+                "same twice. Compute in float32 or in bfloat16 with float32 weights, or set `wdpo_eps` by hand"
+                + (", or set `wdpo_difference='central'`." if one_sided else "."),
             )
 
     def warn_once(self, key: str, sentence: str) -> None:

@@ -49,10 +49,22 @@ class InputGradient(NamedTuple):
     dtype: torch.dtype  # what the model computes in
 
 
-def _pair_norms(x: torch.Tensor) -> torch.Tensor:
+def pair_norms(x: torch.Tensor) -> torch.Tensor:
     """Norm of each pair of a batch [chosen, rejected]: (2n, length, dim) -> (n,)."""
     chosen, rejected = x.float().flatten(1).square().sum(dim=1).chunk(2)
     return (chosen + rejected).sqrt()
+
+
+def normalised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each pair's part of `(2n, length, dim)` divided by its norm, or 0 where that is 0; and the `(n,)` norms."""
+    norms = pair_norms(x)
+    return x.float() / norms.clamp(min=torch.finfo(norms.dtype).tiny).repeat(2).view(-1, 1, 1), norms
+
+
+def model_dtype(output: torch.Tensor) -> torch.dtype:
+    """What a model computes in, by the output of its embeddings and the context."""
+    device = output.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
 
 
 def input_gradient(
@@ -75,9 +87,7 @@ def input_gradient(
     captured: list[Any] = []  # the embeddings and the dtype of the forward
 
     def capture(output: torch.Tensor) -> torch.Tensor:
-        device = output.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
-        captured[:] = output.detach().requires_grad_(), dtype
+        captured[:] = output.detach().requires_grad_(), model_dtype(output)
         return captured[0]
 
     with torch.enable_grad(), hooked(embedding, capture):
@@ -88,9 +98,8 @@ def input_gradient(
         (scaled,) = torch.autograd.grad(
             outputs.log_probs, embeddings, grad_outputs=slopes * scales.repeat(2).unsqueeze(1)
         )
-    scaled_norms = _pair_norms(scaled)
-    direction = scaled.float() / scaled_norms.clamp(min=torch.finfo(scaled_norms.dtype).tiny).repeat(2).view(-1, 1, 1)
-    embedding_norms = _pair_norms(embeddings.detach() * mask.unsqueeze(-1))
+    direction, scaled_norms = normalised(scaled)
+    embedding_norms = pair_norms(embeddings.detach() * mask.unsqueeze(-1))
     return outputs, InputGradient(scaled_norms / scales, direction, embedding_norms, dtype)
 
 
@@ -105,7 +114,8 @@ def _power_of_two_scales(slopes: torch.Tensor) -> torch.Tensor:
     return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(0.1 / largest)).clamp(-100, 100)), 1.0)
 
 
-def _adding(shift: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def adding(shift: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A hook for `hooked` that adds `shift`, `(rows, length, dim)`."""
     return lambda output: output + shift.to(output.dtype)
 
 
@@ -139,7 +149,7 @@ def perturbed_slopes(
     for side in sides:
         if noise is not None:
             noise.restore()
-        with hooked(embedding, _adding(side)):
+        with hooked(embedding, adding(side)):
             outputs.append(forward(2 // len(sides)))
     plus, minus = torch.cat([output.log_probs for output in outputs]).chunk(2)
     slopes = (pair_loss(plus) - pair_loss(minus)) / (2 * h)
@@ -160,11 +170,13 @@ class FiniteDifferenceStep(TrainerCallback, ExportableState):
     LARGEST_STEP = 2e-2
     GOOD_GAP = 0.02
     SMALLEST, LARGEST = 2.0**-8, 2.0**5
+    SHARE_RATE = 0.3
 
     def __init__(self):
         self.scale = 1.0
         self.factor = 0.5
         self.last_gap = None
+        self.share: float | None = None  # k of a one-sided difference (`one_sided.py`)
 
     def relative_step(self, dtype: torch.dtype) -> float:
         """h / ||e|| for a model that computes in `dtype`."""
@@ -178,6 +190,12 @@ class FiniteDifferenceStep(TrainerCallback, ExportableState):
             self.factor = 1 / self.factor
         self.last_gap = gap
         self.scale = min(max(self.scale * self.factor, self.SMALLEST), self.LARGEST)
+
+    def adapt_share(self, step: float, wanted: float) -> None:
+        """Bring the relative step of a one-sided difference, the one just taken, nearer to the wanted one. Slowly: it
+        follows the norms of gradients, which are different from pair to pair."""
+        if self.share is not None and step > 0:
+            self.share *= (step / wanted) ** self.SHARE_RATE
 
     def state(self) -> dict:
         return {"args": {}, "attributes": dict(vars(self))}

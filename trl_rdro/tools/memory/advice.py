@@ -19,8 +19,13 @@ def knobs(run: Run) -> Iterator[tuple[str, Run]]:
     if run.batch > 1:
         half = run.batch // 2
         changed = replace(run, batch=half, accumulation=run.accumulation * 2)
+        if run.packed_tokens:
+            changed = replace(changed, packed_tokens=run.packed_tokens * half // run.batch)
         yield f"per_device_train_batch_size: {half}, gradient_accumulation_steps: {changed.accumulation}", changed
-    yield f"max_length: {run.length // 2}", replace(run, length=run.length // 2)
+    if not run.packed_tokens:
+        yield f"max_length: {run.length // 2}", replace(run, length=run.length // 2)
+    if run.wdpo and not run.wdpo_one_sided and run.engine != "deepspeed" and len(run.losses) == 1:
+        yield "wdpo_difference: one_sided", replace(run, wdpo_one_sided=True)
     if "8bit" not in run.optim and not run.offload_optimizer:
         yield "optim: adamw_8bit", replace(run, optim="adamw_8bit")
     if run.engine in ("single", "ddp", "deepspeed") and run.gpus > 1 and run.stage < 3:

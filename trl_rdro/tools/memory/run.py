@@ -14,6 +14,8 @@ class Run:
     paired: bool = True
     losses: tuple[str, ...] = ("sigmoid",)
     wdpo_penalised: bool = True  # wdpo_rho > 0
+    wdpo_one_sided: bool = False
+    packed_tokens: int | None = None  # of a micro-batch's row without padding; None: padded rows
     accumulation: int = 1
     lora: bool = False
     bits: int = 16  # 4 or 8: quantised weights
@@ -35,9 +37,19 @@ class Run:
         return "wdpo" in self.losses and self.wdpo_penalised
 
     @property
+    def copies(self) -> int:
+        """Of the batch, in the forward that training goes through."""
+        return 2 if self.wdpo and not self.wdpo_one_sided else 1
+
+    @property
     def rows(self) -> int:
-        """Sequences of the forward that training goes through."""
-        return self.batch * (2 if self.paired else 1) * (2 if self.wdpo else 1)
+        """Sequences of the forward that training goes through; a packed row is one."""
+        return self.copies * (1 if self.packed_tokens else self.batch * (2 if self.paired else 1))
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of each of them."""
+        return self.packed_tokens or self.length
 
     @property
     def weight_bytes(self) -> int:
@@ -62,10 +74,11 @@ class Run:
         engine = {"single": "", "ddp": ", data parallel", "fsdp": ", FSDP2", "deepspeed": f", ZeRO-{self.stage}"}
         offload = ", offloaded" if self.offload_optimizer or self.offload_param else ""
         unit = "pairs" if self.paired else "completions"
+        packed = f"packed in {self.packed_tokens} tokens" if self.packed_tokens else ""
         checkpointing = f"{'with' if self.checkpointing else 'without'} activation checkpointing"
         return (
             f"{what}, {'+'.join(self.losses)}, {where}{engine[self.engine]}{offload}; "
-            f"micro-batch of {self.batch} {unit}, {self.length} tokens, {checkpointing}"
+            f"micro-batch of {self.batch} {unit}, {packed or f'{self.length} tokens'}, {checkpointing}"
         )
 
 
@@ -113,7 +126,9 @@ def _section(accelerate: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section
 
 
-def run_of(args: Any, model_args: Any, dtype: str, gpus: int = 1, **engine: Any) -> Run:
+def run_of(
+    args: Any, model_args: Any, dtype: str, gpus: int = 1, packed_tokens: int | None = None, **engine: Any
+) -> Run:
     """
     The run that training arguments describe.
 
@@ -122,14 +137,20 @@ def run_of(args: Any, model_args: Any, dtype: str, gpus: int = 1, **engine: Any)
         model_args: TRL's `ModelConfig`.
         dtype: of the weights as they are loaded.
         gpus: processes in all.
+        packed_tokens: of the largest packed row, with `padding_free`. Without it, as if nothing were padding.
         engine: of `engine_of`.
     """
+    paired = not hasattr(args, "desirable_weight")
+    if args.padding_free and packed_tokens is None:
+        packed_tokens = args.per_device_train_batch_size * args.max_length * (2 if paired else 1)
     return Run(
         length=args.max_length,
         batch=args.per_device_train_batch_size,
-        paired=not hasattr(args, "desirable_weight"),
+        paired=paired,
         losses=tuple([args.loss_type] if isinstance(args.loss_type, str) else args.loss_type),
         wdpo_penalised=getattr(args, "wdpo_rho", 0) > 0,
+        wdpo_one_sided=getattr(args, "wdpo_difference", "central") == "one_sided",
+        packed_tokens=packed_tokens,
         accumulation=args.gradient_accumulation_steps,
         lora=model_args.use_peft,
         bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16,

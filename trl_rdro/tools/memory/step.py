@@ -27,14 +27,15 @@ def layer_bytes(shape: Shape, run: Run) -> float:
         inputs = (5 if stream != compute else 2) * shape.hidden * compute
         down = shape.intermediate * compute
     # Queries, keys and values repeated to all heads, the output, and the mask of padding that the kernel is given
-    attended = 4 * attention * compute + 4 * shape.heads + run.length * compute
+    mask = 0 if run.packed_tokens else run.length * compute
+    attended = 4 * attention * compute + 4 * shape.heads + mask
     gated = 3 * shape.intermediate * compute + down
-    return run.length * (norms + inputs + attended + gated)
+    return run.row_length * (norms + inputs + attended + gated)
 
 
 def checkpoint_bytes(shape: Shape, run: Run) -> float:
     """The input of one decoder layer, per row: all that checkpointing keeps of it."""
-    return run.length * shape.hidden * run.weight_bytes
+    return run.row_length * shape.hidden * run.weight_bytes
 
 
 def layer_gradients(shape: Shape, run: Run) -> float:
@@ -42,13 +43,13 @@ def layer_gradients(shape: Shape, run: Run) -> float:
     sizes = 2 * shape.intermediate * run.compute_bytes + shape.hidden * run.weight_bytes
     if run.lora and adapter_bytes(run) != run.compute_bytes:  # PEFT casts the input to the type of the adapter
         sizes += shape.intermediate * run.weight_bytes
-    return run.length * sizes
+    return run.row_length * sizes
 
 
 def head_tiles(shape: Shape, run: Run, backward: bool) -> float:
     """The fused LM head's buffer for a tile of logits, which has its full width also where the vocabulary is smaller.
     Triton works in place; elsewhere torch makes temporary fp32 copies of the tile, and a boolean one."""
-    tokens = min(run.rows * (run.length - 1), HEAD_TOKENS)
+    tokens = min(run.rows * (run.row_length - 1), HEAD_TOKENS)
     copies = 0 if run.device == "cuda" else (7.25 if backward else 3.25)
     return tokens * (HEAD_VOCAB * run.compute_bytes + min(shape.vocab, HEAD_VOCAB) * 4 * copies)
 
@@ -59,7 +60,7 @@ def moments(shape: Shape, run: Run) -> Iterator[tuple[str, dict[str, float]]]:
     Long because it is one sum after the other, in the order of a step, over terms that the moments share.
     """
     rows, layers = run.rows, shape.layers
-    tokens = rows * run.length
+    tokens = rows * run.row_length
     stream, compute = run.weight_bytes, run.compute_bytes
     layer = rows * layer_bytes(shape, run)
     kept = layers * (rows * checkpoint_bytes(shape, run) if run.checkpointing else layer)
@@ -76,11 +77,13 @@ def moments(shape: Shape, run: Run) -> Iterator[tuple[str, dict[str, float]]]:
     if run.bits < 16:  # a quantised weight is expanded for each use, before all of the layer's gradients are there
         work = max(work, work - rows * layer_gradients(shape, run) / 2 + shape.largest_linear * compute)
     head_cast = min(shape.vocab, HEAD_VOCAB) * shape.hidden * compute if stream != compute else 0
-    extra = 3 * 4 * tokens / 2 * shape.hidden if run.wdpo else 0  # the direction v and the shifts +hv, -hv
+    # Central: the direction v and the shifts +hv, -hv; one-sided: the gradient, the direction and the shift
+    extra = 3 * 4 * tokens / run.copies * shape.hidden if run.wdpo else 0
 
     grads = gradients(shape, run)
-    # The first micro-batch of a step finds no gradients, and its backward pass makes them one by one
-    waiting = grads if run.accumulation > 1 or run.engine == "deepspeed" else 0
+    # The first backward pass of a step finds no gradients, and makes them one by one
+    one_sided = run.wdpo and run.wdpo_one_sided
+    waiting = grads if run.accumulation > 1 or run.engine == "deepspeed" or one_sided else 0
     head_grad = 4 * shape.head if not run.lora else 0
     if head_grad and stream == 2:
         head_grad += stream * shape.head  # fp32 while it is summed, then as the weight
