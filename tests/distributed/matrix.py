@@ -41,8 +41,9 @@ FAMILY: dict[str, dict[str, Any]] = {
     **{name: {"loss_type": name, **case.settings} for name, case in LOSS_CASES.items() if name not in LOSSES},
     "kldpo_weighted": LOSSES["kldpo"],
     "kldpo_repo": {**LOSSES["kldpo"], "inner_loss_type": "repo"},
+    "kldpo_target": {"loss_type": "kldpo", "kldpo_target_ess": 0.6},
 }
-OVER_A_STEP = ("drdpo", "grdpo", "repo", "kldpo_weighted", "kldpo_repo")
+OVER_A_STEP = ("drdpo", "grdpo", "repo", "kldpo_weighted", "kldpo_repo", "kldpo_target")
 
 
 @dataclass(frozen=True)
