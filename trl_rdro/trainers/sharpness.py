@@ -25,6 +25,6 @@ def say_how_sharp(names: list[str], args: Any) -> None:
         margins = f" (margins by {2 * spreads[1] / args.beta:.2g} nats)" if args.inner_loss_type == "sigmoid" else ""
         logger.info(
             f"`{name}` with `{option}={tau:g}`: the effective sample size of a step is 99 % where its losses spread "
-            f"by {spreads[0]:.2g}, 80 % by {spreads[1]:.2g}{margins}, 50 % by {spreads[2]:.2g} (standard deviations). At "
-            "the start they are all equal, and it is DPO."
+            f"by {spreads[0]:.2g}, 80 % by {spreads[1]:.2g}{margins}, 50 % by {spreads[2]:.2g} (standard deviations). "
+            "At the start they are all equal, and it is DPO."
         )
