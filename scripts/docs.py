@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import bench_table  # noqa: E402
 from option_table import option_table  # noqa: E402
 
+from tests.loss_cases import LOSS_CASES  # noqa: E402
 from trl_rdro.cli.estimate import read_run  # noqa: E402
 from trl_rdro.cli.option_table import TABLE, installed_versions, read_table  # noqa: E402
 from trl_rdro.tools.memory import GIB, estimate  # noqa: E402
@@ -286,6 +287,20 @@ def gpu_table() -> str:
     return markdown(["check", "", "status"], rows)
 
 
+# docs/trackers.md
+
+
+def metrics_table() -> str:
+    """The names that the tests find in the log of each loss."""
+    rows = []
+    for name, case in LOSS_CASES.items():
+        # Of each label by its name: the tests' groups are an example
+        metrics = dict.fromkeys(re.sub(r"^weight_.*", "weight_GROUP", metric) for metric in case.metrics)
+        if metrics:
+            rows.append([f"`{name}`", ", ".join(f"`{name}/{metric}`" for metric in metrics)])
+    return markdown(["loss", "logged with it"], rows)
+
+
 # docs/studies.md
 
 
@@ -330,6 +345,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": gpu_table,
     },
     "docs/performance.md": {"bench": bench},
+    "docs/trackers.md": {"metrics": metrics_table},
     "docs/studies.md": {path.name: partial(study, path.name) for path in sorted(STUDIES.iterdir())},
 }
 # In the order to write them in: README.md repeats what the recipes say
