@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bench_table  # noqa: E402
+import doc_commands  # noqa: E402
 from option_table import option_table  # noqa: E402
 
 from tests.loss_cases import LOSS_CASES  # noqa: E402
@@ -101,9 +102,15 @@ def demo_table() -> str:
     )
 
 
-def recipes_table() -> str:
+# Those that README.md shows
+FIRST_RECIPES = ("qwen2.5-0.5b/kldpo_lora", "qwen2.5-7b/rdro_qlora", "llama-3.1-8b/rdro_full")
+
+
+def recipes_table(document: Path, names: tuple[str, ...] | None = None) -> str:
+    """The recipes, or those of these names, with links as they are in `document`."""
     rows = []
-    for path in RECIPES:
+    paths = RECIPES if names is None else [ROOT / "recipes" / f"{name}.yaml" for name in names]
+    for path in paths:
         header, settings = read_header(path), yaml.safe_load(path.read_text())
         kind = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}[path.stem.rpartition("_")[2]]
         accelerate = Path(header["accelerate"]).stem
@@ -116,7 +123,7 @@ def recipes_table() -> str:
                 "pairs" if header["method"] == "dpo" else "unpaired",
                 header["gpus"] + (f", {accelerate}" if accelerate != "single_gpu" else ""),
                 memory[1] + (f" ({memory[2]} while loading)" if memory[2] else ""),
-                f"[{path.parent.name}/{path.stem}]({path.relative_to(ROOT).as_posix()})",
+                f"[{path.parent.name}/{path.stem}]({path.relative_to(document.parent).as_posix()})",
             ]
         )
     return markdown(["model", "loss", "method", "data", "GPUs", "GiB per GPU", "recipe"], rows)
@@ -327,6 +334,13 @@ def study(name: str) -> str:
     )
 
 
+# docs/README.md
+
+
+def coverage_table() -> str:
+    return markdown(["commands of", "run by a test?"], [[name, text] for name, text in doc_commands.COVERAGE.items()])
+
+
 # All of them
 
 
@@ -335,7 +349,8 @@ def bench() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"demo": demo_table, "recipes": recipes_table},
+    "README.md": {"demo": demo_table, "recipes": partial(recipes_table, ROOT / "README.md", FIRST_RECIPES)},
+    "recipes/README.md": {"recipes": partial(recipes_table, ROOT / "recipes" / "README.md")},
     "docs/compatibility.md": {
         "engines": engines_table,
         "tolerances": tolerances_table,
@@ -345,6 +360,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": gpu_table,
     },
     "docs/performance.md": {"bench": bench},
+    "docs/README.md": {"commands": coverage_table},
     "docs/trackers.md": {"metrics": metrics_table},
     "docs/studies.md": {path.name: partial(study, path.name) for path in sorted(STUDIES.iterdir())},
 }

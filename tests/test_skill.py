@@ -1,4 +1,4 @@
-"""SKILL.md does what it says: its file and its commands, in their order, with a tiny model on a CPU."""
+"""SKILL.md and the first run of README.md do what they say, in their order, with a tiny model on a CPU."""
 
 import json
 import shutil
@@ -19,22 +19,40 @@ MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 WITHOUT_A_GPU = ["--use_cpu", "--bf16", "false"]
 
 
-@pytest.mark.slow
-def test_its_commands_run_in_their_order(tmp_path, monkeypatch):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run commands in a directory with the quickstart data, in this process, which has imported everything."""
     monkeypatch.chdir(tmp_path)
-    model = save_tiny(tmp_path)
     shutil.copytree(ROOT / "trl_rdro" / "data" / "quickstart", tmp_path / "trl_rdro" / "data" / "quickstart")
-    (settings,) = blocks(SKILL, "yaml")
-    (tmp_path / "run.yaml").write_text(settings.replace(MODEL, model))
-    # In this process, which has imported everything
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.setattr(launch, "launch_module", lambda module, argv, flags: train.main(argv[0], argv[1:]))
-    for argv in commands(SKILL):
-        argv = [word.replace(MODEL, model) for word in argv]
-        assert main([*argv, *(WITHOUT_A_GPU if argv[0] == "dpo" else [])]) == 0, argv
+    model = save_tiny(tmp_path)
+
+    def run(lines: list[list[str]], name: str, extra: list[str]) -> None:
+        for argv in lines:
+            argv = [word.replace(name, model) for word in argv]
+            assert main([*argv, *(extra if argv[0] == "dpo" else [])]) == 0, argv
+
+    return run
+
+
+@pytest.mark.slow
+def test_its_commands_run_in_their_order(run, tmp_path):
+    (settings,) = blocks(SKILL, "yaml")
+    (tmp_path / "run.yaml").write_text(settings.replace(MODEL, str(tmp_path / "qwen2")))
+    run(commands(SKILL), MODEL, WITHOUT_A_GPU)
     assert {argv[0] for argv in commands(SKILL)} == {"recipes", "inspect", "estimate", "dpo", "score", "plot"}
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["overall"]["n"] == 64 and 0 <= scores["overall"]["accuracy"]["mean"] <= 1
     assert is_png(tmp_path / "curves.png")
+
+
+@pytest.mark.slow
+def test_the_readmes_first_run(run, tmp_path):
+    lines = [argv for argv in commands(ROOT / "README.md") if any(word.startswith("runs/") for word in argv)]
+    assert [argv[0] for argv in lines] == ["dpo", "dpo", "score", "score", "plot"]
+    run(lines, "build/SmolLM2-135M-Instruct", ["--max_steps", "2"])
+    assert is_png(tmp_path / "runs" / "curves.png")
 
 
 def test_its_head_is_what_agents_read():
