@@ -24,11 +24,12 @@ RUFF  := $(BIN)/ruff
 # The torch requirement is part of its stamp's name, less what has a meaning to make or the shell.
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 TEST_STAMP  := $(VENV)/.installed-test
+DOCS_STAMP  := $(VENV)/.installed-docs
 DEMO_STAMP  := $(VENV)/.installed-demo
 MODEL_STAMP := $(VENV)/.installed-demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-versions bench fuzz lint types format clean
+.PHONY: help demo test test-fast test-versions bench fuzz lint types docs format clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -72,6 +73,9 @@ lint: $(TEST_STAMP)  ## check style
 types: $(TEST_STAMP)  ## check types
 	$(BIN)/mypy
 
+docs: $(DOCS_STAMP)  ## build the documents as a site into build/site, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 format: $(TEST_STAMP)  ## fix style
 	$(RUFF) check --fix .
 	$(RUFF) format .
@@ -92,6 +96,10 @@ $(TORCH_STAMP): | $(VENV)/bin/python
 
 $(TEST_STAMP): pyproject.toml $(TORCH_STAMP)
 	$(PIP) --editable ".[dev,peft,quantization,deepspeed,plot]"
+	@touch $@
+
+$(DOCS_STAMP): pyproject.toml $(TORCH_STAMP)
+	$(PIP) --editable ".[docs]"
 	@touch $@
 
 $(DEMO_STAMP): pyproject.toml $(TORCH_STAMP)

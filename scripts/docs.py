@@ -27,8 +27,10 @@ sys.path.insert(0, str(ROOT))
 
 import bench_table  # noqa: E402
 import conformance  # noqa: E402
+import doc_commands  # noqa: E402
 from option_table import option_table  # noqa: E402
 
+from tests.loss_cases import LOSS_CASES  # noqa: E402
 from trl_rdro.cli.estimate import read_run  # noqa: E402
 from trl_rdro.cli.option_table import TABLE, installed_versions, read_table  # noqa: E402
 from trl_rdro.tools.memory import GIB, estimate  # noqa: E402
@@ -101,9 +103,15 @@ def demo_table() -> str:
     )
 
 
-def recipes_table() -> str:
+# Those that README.md shows
+FIRST_RECIPES = ("qwen2.5-0.5b/kldpo_lora", "qwen2.5-7b/rdro_qlora", "llama-3.1-8b/rdro_full")
+
+
+def recipes_table(document: Path, names: tuple[str, ...] | None = None) -> str:
+    """The recipes, or those of these names, with links as they are in `document`."""
     rows = []
-    for path in RECIPES:
+    paths = RECIPES if names is None else [ROOT / "recipes" / f"{name}.yaml" for name in names]
+    for path in paths:
         header, settings = read_header(path), yaml.safe_load(path.read_text())
         kind = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}[path.stem.rpartition("_")[2]]
         accelerate = Path(header["accelerate"]).stem
@@ -116,7 +124,7 @@ def recipes_table() -> str:
                 "pairs" if header["method"] == "dpo" else "unpaired",
                 header["gpus"] + (f", {accelerate}" if accelerate != "single_gpu" else ""),
                 memory[1] + (f" ({memory[2]} while loading)" if memory[2] else ""),
-                f"[{path.parent.name}/{path.stem}]({path.relative_to(ROOT).as_posix()})",
+                f"[{path.parent.name}/{path.stem}]({path.relative_to(document.parent).as_posix()})",
             ]
         )
     return markdown(["model", "loss", "method", "data", "GPUs", "GiB per GPU", "recipe"], rows)
@@ -296,6 +304,20 @@ def gpu_table() -> str:
     return markdown(["check", "", "status"], rows)
 
 
+# docs/trackers.md
+
+
+def metrics_table() -> str:
+    """The names that the tests find in the log of each loss."""
+    rows = []
+    for name, case in LOSS_CASES.items():
+        # Of each label by its name: the tests' groups are an example
+        metrics = dict.fromkeys(re.sub(r"^weight_.*", "weight_GROUP", metric) for metric in case.metrics)
+        if metrics:
+            rows.append([f"`{name}`", ", ".join(f"`{name}/{metric}`" for metric in metrics)])
+    return markdown(["loss", "logged with it"], rows)
+
+
 # docs/studies.md
 
 
@@ -322,6 +344,13 @@ def study(name: str) -> str:
     )
 
 
+# docs/README.md
+
+
+def coverage_table() -> str:
+    return markdown(["commands of", "run by a test?"], [[name, text] for name, text in doc_commands.COVERAGE.items()])
+
+
 # All of them
 
 
@@ -330,7 +359,8 @@ def bench() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"demo": demo_table, "recipes": recipes_table},
+    "README.md": {"demo": demo_table, "recipes": partial(recipes_table, ROOT / "README.md", FIRST_RECIPES)},
+    "recipes/README.md": {"recipes": partial(recipes_table, ROOT / "recipes" / "README.md")},
     "docs/compatibility.md": {
         "engines": engines_table,
         "tolerances": tolerances_table,
@@ -341,6 +371,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/conformance.md": conformance.TABLES,
     "docs/performance.md": {"bench": bench},
+    "docs/README.md": {"commands": coverage_table},
+    "docs/trackers.md": {"metrics": metrics_table},
     "docs/studies.md": {path.name: partial(study, path.name) for path in sorted(STUDIES.iterdir())},
 }
 # In the order to write them in: README.md repeats what the recipes say

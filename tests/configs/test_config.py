@@ -33,6 +33,7 @@ BAD_VALUES = {
     "ddro_cap": [*NOT_OPEN_UNIT, None, 1e-39],
     "rdro_alpha": [*NOT_OPEN_UNIT, 1e-39, 1 - 1e-9],
     "kldpo_tau": [*NOT_NUMBERS, None, 0, 0.0, -1, -0.05, 1e39],
+    "kldpo_target_ess": [*NOT_NUMBERS, 0, 1, 1.5, -0.1],
     "drdpo_beta": [*NOT_POSITIVE, 1e39],
     "grdpo_eta": [*NOT_NUMBERS, None, -1, -1e-9, 1e39],
     "wdpo_rho": [*NOT_NUMBERS, None, -1, -1e-9, 1e39],
@@ -64,6 +65,7 @@ GOOD_VALUES = {
     "ddro_cap": [1e-3, 0.9, 0.999],
     "rdro_alpha": [None, 1e-3, 0.39, 0.999],
     "kldpo_tau": [0.005, 1, 1e6],
+    "kldpo_target_ess": [None, 0.25, 0.99],
     "drdpo_beta": [0.005, 1, 1e6],
     "grdpo_eta": [0, 0.01, 10],
     "wdpo_rho": [0, 0.0, 0.005, 100],
@@ -163,6 +165,12 @@ def test_an_unknown_loss_type_is_refused_with_the_nearest_name(build, typo, near
         ({"loss_type": ["sigmoid", "wdpo"], "use_weighting": True}, ["wdpo", "use_weighting=True"]),
         *[({"loss_type": loss, "ld_alpha": 0.5}, [loss, "ld_alpha=0.5"]) for loss in ("ddro", "rdro")],
         ({"loss_type": ["rdro", "kldpo"], "ld_alpha": 0.0}, ["rdro", "ld_alpha=0.0"]),
+        (
+            {"loss_type": "kldpo", "kldpo_target_ess": 0.1, "per_device_train_batch_size": 8},
+            ["0.1", "8 pairs", "0.125"],
+        ),
+        ({"loss_type": "kldpo", "kldpo_target_ess": 0.5, "kldpo_tau": 0.5}, ["kldpo_tau=0.5", "kldpo_target_ess=0.5"]),
+        ({"loss_type": "kto"}, ["'kto'", "needs labelled completions", "`KTOTrainer`"]),
         *[
             ({"loss_type": loss, "label_smoothing": value}, ["label_smoothing", repr(value)])
             for loss in ("kldpo", "wdpo", "cdpo")

@@ -41,11 +41,12 @@ FAMILY: dict[str, dict[str, Any]] = {
     **{name: {"loss_type": name, **case.settings} for name, case in LOSS_CASES.items() if name not in LOSSES},
     "kldpo_weighted": LOSSES["kldpo"],
     "kldpo_repo": {**LOSSES["kldpo"], "inner_loss_type": "repo"},
+    "kldpo_target": {"loss_type": "kldpo", "kldpo_target_ess": 0.6},
 }
 # So sharp that gradients are multiplied within a step, lest weights overflow
 FAMILY["kldpo_sharp"] = {"loss_type": "kldpo", "kldpo_tau": 1e-4}
 FAMILY["wdpo_one_sided"] = {**LOSSES["wdpo"], "wdpo_difference": "one_sided"}
-OVER_A_STEP = ("drdpo", "grdpo", "repo", "kldpo_weighted", "kldpo_repo")
+OVER_A_STEP = ("drdpo", "grdpo", "repo", "kldpo_weighted", "kldpo_repo", "kldpo_target")
 
 
 @dataclass(frozen=True)

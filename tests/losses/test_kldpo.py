@@ -14,7 +14,7 @@ import math
 import pytest
 import torch
 
-from trl_rdro.losses import kldpo_log_weights, kldpo_loss
+from trl_rdro.losses import kldpo_log_weights, kldpo_loss, kldpo_tau
 
 
 TAUS = [0.005, 0.05, 0.5, 1.0, 5.0, 100.0]
@@ -170,3 +170,34 @@ def test_empty_input_keeps_the_graph():
     assert kldpo_log_weights(losses, 0.5, torch.ones(3)).shape == (0,)
     kldpo_loss(losses, 0.5).sum().backward()
     assert losses.grad.shape == (0,)
+
+
+# The temperature for an effective sample size
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_the_solved_temperature_gives_the_effective_sample_size(share, scale):
+    losses = scale * random_losses(16)
+    tau = kldpo_tau(losses, share)
+    assert effective_share(kldpo_log_weights(losses, tau)) == pytest.approx(share, rel=1e-6)
+    assert kldpo_tau(losses.flip(0).float(), share) == pytest.approx(tau, rel=1e-4)
+
+
+def test_the_effective_sample_size_of_normal_losses_is_what_the_log_says():
+    """exp(-s^2 / tau^2), with finitely many losses as long as tau is not far below s."""
+    losses = 0.3 * torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for share in (0.99, 0.8, 0.5):
+        tau = 0.3 / math.sqrt(-math.log(share))
+        assert effective_share(kldpo_log_weights(losses, tau)) == pytest.approx(share, rel=0.02)
+        assert kldpo_tau(losses, share) == pytest.approx(tau, rel=0.02)
+
+
+def test_shares_that_cannot_be_had_take_the_nearest_temperature():
+    equal = torch.full((8,), math.log(2))
+    assert effective_share(kldpo_log_weights(equal, kldpo_tau(equal, 0.5))) == 1
+    # Rounding of equal losses is not weighed
+    noise = equal + 1e-6 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+    assert effective_share(kldpo_log_weights(noise, kldpo_tau(noise, 0.5))) > 0.999
+    two_worst = torch.tensor([0.0] * 6 + [1.0] * 2)
+    assert effective_share(kldpo_log_weights(two_worst, kldpo_tau(two_worst, 0.1))) == pytest.approx(0.25)

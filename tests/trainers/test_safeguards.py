@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from trl_rdro import DPOConfig, DPOTrainer, KTOTrainer
 from trl_rdro.losses.types import LOSS_TYPES, of_family
 from trl_rdro.trainers.guard_rails import GuardRails
+from trl_rdro.trainers.sharpness import say_how_sharp
 
 from ..loss_cases import LOSS_CASES
 from ..tiny import cpu_args, tiny_preferences, tiny_qwen2, tiny_tokenizer
@@ -154,6 +155,36 @@ def test_few_pairs_are_few_for_small_and_large_steps(messages, pairs, share, sai
     for step in range(1, 4):
         rails.watch(step, {"logratios/chosen": 0.5, "kldpo/effective_sample_size": share}, pairs, pairs)
     assert [said in line for line in messages()] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "share", "said"),
+    [
+        ({"kldpo_tau": 2.0}, 0.999, True),
+        ({"kldpo_tau": 2.0}, 0.95, False),
+        ({"kldpo_target_ess": 0.995}, 0.995, False),
+    ],
+)
+def test_weights_that_stay_equal_are_dpo(messages, settings, share, said):
+    rails = GuardRails(DPOConfig(**cpu_args(output_dir="unused", loss_type="kldpo", **settings)))
+    for step in range(1, 60):
+        rails.watch(step, {"logratios/chosen": 0.5, "kldpo/effective_sample_size": share}, 8, 8)
+    lines = messages()
+    assert len(lines) == said
+    # -ln 0.999 is 0.001 = s^2 / tau^2
+    assert all("spread by about 0.06" in line and "say 0.1 for 80 %" in line for line in lines)
+
+
+def test_how_sharp_the_weights_are_is_said_before_a_run(messages):
+    args = DPOConfig(**cpu_args(output_dir="unused", loss_type="kldpo", kldpo_tau=0.5))
+    say_how_sharp(["rdro", "kldpo"], args)
+    (line,) = messages()
+    assert (
+        "`kldpo_tau=0.5`" in line
+        and "99 % where its losses spread by 0.05, 80 % by 0.24 (margins by 4.7 nats)" in line
+    )
+    say_how_sharp(["kldpo"], DPOConfig(**cpu_args(output_dir="unused", loss_type="kldpo", kldpo_target_ess=0.5)))
+    assert len(messages()) == 1
 
 
 def test_one_capped_completion_of_four_is_no_alarm(messages):

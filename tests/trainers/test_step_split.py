@@ -13,6 +13,7 @@ KLDPO = {"loss_type": "kldpo", **LOSS_CASES["kldpo"].settings}
 LOSSES = {
     **{name: {"loss_type": name, **case.settings} for name, case in LOSS_CASES.items()},
     "kldpo_ipo": {"loss_type": "kldpo", "kldpo_tau": 0.5, "inner_loss_type": "ipo"},
+    "kldpo_target": {"loss_type": "kldpo", "kldpo_target_ess": 0.6},
     "kldpo+sigmoid": {**KLDPO, "loss_type": ["kldpo", "sigmoid"], "loss_weights": [1.0, 0.3]},
     "kldpo_dpop": {"loss_type": "kldpo", "kldpo_tau": 0.5, "inner_loss_type": "dpop"},
     "wdpo, strong": {"loss_type": "wdpo", "wdpo_rho": 0.5},
@@ -52,6 +53,12 @@ def test_split_invariance(tmp_path, name):
         assert log["loss"] == pytest.approx(whole_log["loss"], rel=1e-5)
         for key in [key for key in whole_log if key.rpartition("/")[2] in WEIGHTS]:
             assert log[key] == pytest.approx(whole_log[key], rel=1e-4)
+
+
+def test_the_effective_sample_size_of_a_step_is_the_one_asked_for(tmp_path):
+    for micro_batch, accumulation in ((8, 1), (1, 8)):
+        _, log = one_step(tmp_path, micro_batch, accumulation, **LOSSES["kldpo_target"])
+        assert log["kldpo/effective_sample_size"] == pytest.approx(0.6, abs=1e-5) and log["kldpo/tau"] > 0
 
 
 def test_kldpo_at_micro_batch_one_is_not_dpo(tmp_path):

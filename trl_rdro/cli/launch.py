@@ -108,7 +108,7 @@ def settle_processes(args: argparse.Namespace) -> list[str]:
         args.dynamo_backend = args.dynamo_backend or "no"
     else:
         config, is_set = load_config_from_file(args.config_file), True
-    processes = args.num_processes or config.num_processes
+    processes = args.num_processes or (1 if config is None else config.num_processes)
     has_launcher = config is not None and config.distributed_type not in (None, DistributedType.NO)
     launchers = ("multi_gpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "tpu", "mpirun_hostfile")
     if processes > 1 and not has_launcher and not any(getattr(args, name) for name in launchers):

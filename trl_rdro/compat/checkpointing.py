@@ -11,7 +11,7 @@ import trl.trainer.dpo_trainer
 import trl.trainer.kto_trainer
 
 
-TRL_MODULES = (trl.trainer.dpo_trainer, trl.trainer.kto_trainer)
+TRL_MODULES: tuple[Any, ...] = (trl.trainer.dpo_trainer, trl.trainer.kto_trainer)
 
 
 @contextmanager

@@ -294,7 +294,6 @@ def unpaired_metrics(
         result = trl.KTOTrainer._compute_loss(
             trainer, _replay(model, outputs), {**inputs, "ref_logps": ref_logps}, return_outputs
         )
-    trainer._metrics["train" if trainer.model.training else "eval"].pop("kl")  # 0: nothing estimates it
     return result[1] if return_outputs else None
 
 
@@ -354,6 +353,11 @@ def log_metrics(trainer: TrlTrainer, metrics: dict[str, float]) -> None:
     """Add metrics to the ones that TRL averages over micro-batches and logs."""
     for name, value in metrics.items():
         trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
+
+
+def drop_metric(trainer: TrlTrainer, name: str) -> None:
+    """Leave out of the log what TRL has added to it."""
+    trainer._metrics["train" if trainer.model.training else "eval"].pop(name)
 
 
 def take_metrics(trainer: TrlTrainer) -> dict[str, float]:

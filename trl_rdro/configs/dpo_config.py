@@ -55,6 +55,10 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, PackingConfig, RunConfig, tr
         kldpo_tau (`float`, *optional*, defaults to `1.0`):
             τ of KLDPO, > 0: temperature of the weights softmax(loss / τ) over the pairs of an optimiser step. Large is
             DPO, small is the worst pair only. Published runs: 0.5 to 5 at `beta=0.1`, 0.005 to 0.05 at `beta=0.01`.
+        kldpo_target_ess (`float`, *optional*):
+            In place of `kldpo_tau`: the effective sample size of KLDPO's weights, as a share of the optimiser step, in
+            (0, 1). τ is then solved for each step, and logged as `kldpo/tau`. With accumulation the step's losses are
+            found before it.
         drdpo_beta (`float`, *optional*, defaults to `1.0`):
             b of Dr. DPO (its β'), > 0: temperature of the weights softmax(-loss / b) over the pairs of an optimiser
             step, of which it needs two or more. Large is DPO, small is the best pair only. Published: 1 at `beta=0.1`.
@@ -105,6 +109,13 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, PackingConfig, RunConfig, tr
         metadata={
             "help": "τ of KLDPO, > 0: temperature of the weights softmax(loss / τ) over the pairs of an optimiser "
             "step. Large is DPO, small is the worst pair only."
+        },
+    )
+    kldpo_target_ess: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of `kldpo_tau`: the effective sample size of KLDPO's weights, as a share of the "
+            "optimiser step, in (0, 1). τ is then solved for each step."
         },
     )
     drdpo_beta: float = field(
@@ -191,7 +202,7 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, PackingConfig, RunConfig, tr
         refuse_combinations(self)
         refuse_pair_losses(self)
         super().__post_init__()
-        self._refuse_a_step_of_one_pair()
+        self._refuse_a_step_of_too_few_pairs()
         if "cdpo" in self.loss_type and self.label_smoothing == 0:
             logger.warning(
                 "`cdpo` with `label_smoothing=0` is DPO. Set it to the share of flipped labels that you expect; the "
@@ -256,8 +267,19 @@ class DPOConfig(DensityRatioConfig, PairLossConfig, PackingConfig, RunConfig, tr
                 "Set it to 0, or use 'cdpo', alone or as `inner_loss_type`."
             )
 
-    def _refuse_a_step_of_one_pair(self) -> None:
+    def _refuse_a_step_of_too_few_pairs(self) -> None:
         pairs = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        wanted = self.kldpo_target_ess if "kldpo" in self.loss_type else None
+        if wanted is not None and wanted * pairs < 1:
+            raise ValueError(
+                f"`kldpo_target_ess={wanted}` is less than one of the {pairs} pairs in an optimiser step. Set it "
+                f"above {1 / pairs:.3g}, or raise `per_device_train_batch_size` or `gradient_accumulation_steps`."
+            )
+        if wanted is not None and self.kldpo_tau != type(self).kldpo_tau:
+            raise ValueError(
+                f"`kldpo_tau={self.kldpo_tau}` and `kldpo_target_ess={wanted}` are two ways to say the same. Remove "
+                "one of them."
+            )
         if "drdpo" in self.loss_type and pairs == 1:
             raise ValueError(
                 "`drdpo` with one pair in an optimiser step is DPO: it weighs the step's pairs against one another. "

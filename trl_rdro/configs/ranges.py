@@ -24,6 +24,7 @@ LOSS_RANGES = {
         f"[1e-6, {LARGEST}]",
         "Large values approach DPO; a negative one would be Dr. DPO, `loss_type: drdpo`.",
     ),
+    "kldpo_target_ess": Range("[1e-6, 0.999999]", "Leave it None to set `kldpo_tau`."),
     "drdpo_beta": Range(f"[1e-6, {LARGEST}]", "Large values approach DPO."),
     "grdpo_eta": Range(f"[0, {LARGEST}]", "0 leaves all groups equal."),
     "wdpo_rho": Range(f"[0, {LARGEST}]", "0 is plain DPO."),

@@ -9,7 +9,7 @@ from .groups import grdpo_update, grdpo_weights
 from .noise import cdpo_loss, holder_loss, repo_loss, repo_posterior, repo_update, ropo_loss
 from .pairwise import hinge_loss, ipo_loss, sigmoid_loss
 from .references import mrpo_loss, mrpo_reference
-from .robust import kldpo_log_weights, kldpo_loss, wdpo_penalty
+from .robust import kldpo_log_weights, kldpo_loss, kldpo_tau, wdpo_penalty
 from .scaling import adadpo_loss
 from .soft_labels import dpopro_loss, gdpo_loss
 
@@ -31,6 +31,7 @@ __all__ = [
     "ipo_loss",
     "kldpo_log_weights",
     "kldpo_loss",
+    "kldpo_tau",
     "minor_loss",
     "mrpo_loss",
     "mrpo_reference",

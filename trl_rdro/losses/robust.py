@@ -5,6 +5,8 @@ a Kullback-Leibler ball around the data, and over a Wasserstein ball, through a 
 is KLDPO at a negative temperature: it follows the pairs that go best, a remedy for wrong labels.
 """
 
+import math
+
 import torch
 
 from .precision import as_float
@@ -35,6 +37,30 @@ def kldpo_log_weights(losses: torch.Tensor, tau: float, step_losses: torch.Tenso
     mean, mean_less_1 = exponents.exp().mean(), torch.expm1(exponents).mean()
     log_mean = torch.where(mean > 0.5, torch.log1p(mean_less_1), mean.log())
     return (losses - top) / tau - log_mean
+
+
+def kldpo_tau(step_losses: torch.Tensor, effective_sample_size: float) -> float:
+    """The temperature at which KLDPO's weights of an optimiser step have a wanted effective sample size.
+
+    The share 1 / mean (N w_i)^2 rises with tau, from that of the worst pairs to 1, since the logarithm of the moment
+    generating function is convex: it is found by bisection. Of normal losses with standard deviation s it is
+    exp(-s^2 / tau^2).
+
+    Args:
+        step_losses (`torch.Tensor` of shape `(N,)`): all pair losses of the optimiser step.
+        effective_sample_size (`float`): as a share of the step, in (0, 1).
+
+    Returns:
+        `float`: between 1e-3, below which differences between losses are their rounding (all are equal where policy =
+        reference), and 1e9. The nearest of these where the share is not to be had.
+    """
+    values = as_float(step_losses.detach()).cpu().double()
+    low, high = math.log(1e-3), math.log(1e9)
+    for _ in range(45):
+        middle = (low + high) / 2
+        share = 1 / kldpo_log_weights(values, math.exp(middle)).exp().square().mean()
+        low, high = (middle, high) if share < effective_sample_size else (low, middle)
+    return math.exp(high)
 
 
 def kldpo_loss(losses: torch.Tensor, tau: float, log_weights: torch.Tensor | None = None) -> torch.Tensor:

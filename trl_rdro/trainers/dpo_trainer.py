@@ -21,6 +21,7 @@ from .packed_rows import PackedRows, is_asked_for, refuse_before_loading
 from .reweighting import Reweighting
 from .safeguards import Safeguards
 from .second_reference import SecondReference
+from .sharpness import say_how_sharp
 from .step import Step, split_step, with_steps
 from .throughput import Throughput
 
@@ -49,9 +50,9 @@ class DPOTrainer(
     Logged beside TRL's metrics when one of ours is used: `logratios/chosen` and `logratios/rejected`, the mean
     log-ratio to the reference model in nats; for `ddro` `ddro/capped_chosen` and `ddro/capped_rejected`, the share of
     completions beyond the cap; for `kldpo` and `drdpo` `effective_sample_size` and `max_weight`, as fractions of the
-    optimiser step's batch and of its total weight; for `wdpo` `wdpo/grad_norm`, `wdpo/penalty`, and in training
-    `wdpo/gap`, the relative error of the central difference, and `wdpo/eps`, its relative step; for `repo` `repo/eta`
-    and for `grdpo` `grdpo/weight_GROUP`, what they have learned.
+    optimiser step's batch and of its total weight, and `kldpo/tau` where that is solved; for `wdpo` `wdpo/grad_norm`,
+    `wdpo/penalty`, and in training `wdpo/gap`, the relative error of the central difference, and `wdpo/eps`, its
+    relative step; for `repo` `repo/eta` and for `grdpo` `grdpo/weight_GROUP`, what they have learned.
 
     The column `weight` of the data counts rows, for every loss, TRL's included. Further columns are read by the losses
     that need them (`docs/losses.md`).
@@ -120,6 +121,7 @@ class DPOTrainer(
         self._set_up_second_reference()
         self._set_up_packed_rows()  # the last: it prepares every model that is called
         self._set_up_throughput()
+        say_how_sharp(ours, args)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # The Trainer hands over the micro-batches of one optimiser step together

@@ -1,5 +1,6 @@
 """Warnings that a run is not doing what it was started for. Each is one sentence, given once."""
 
+import math
 from collections import deque
 from typing import Any
 
@@ -13,6 +14,8 @@ STEPS_TO_MOVE = 20
 MOVED = 1e-6  # nats of mean log-ratio
 FEW_PAIRS = 0.1  # of the step's, and
 FEWEST_PAIRS = 2  # that carry its gradient
+NEARLY_ALL = 0.99  # of the step's pairs, for
+STEPS_LIKE_DPO = 50
 MANY_CAPPED = 0.2  # of a class
 COMPLETIONS = 50  # of a class, over which the capped share is taken
 CAPPED_ADVICE = {
@@ -38,6 +41,7 @@ class GuardRails:
         self.first_step: int | None = None
         self.moved = False
         self.large_gaps = 0
+        self.steps_like_dpo: dict[str, int] = {}  # the first of them, by loss
         self.capped: dict[str, deque] = {}
 
     def watch(self, step: int, metrics: dict[str, float], pairs: int, completions: int) -> None:
@@ -63,12 +67,27 @@ class GuardRails:
                     f"`{name}` weighs the pairs of an optimiser step, and this one has a single pair: it is its inner "
                     "loss alone. Raise `per_device_train_batch_size` or `gradient_accumulation_steps`.",
                 )
-            elif share * pairs < max(FEWEST_PAIRS, FEW_PAIRS * pairs):
+                continue
+            wanted = getattr(self.args, f"{name}_target_ess", None)
+            option = loss.temperature if wanted is None else f"{name}_target_ess"
+            value = getattr(self.args, option)
+            if share * pairs < max(FEWEST_PAIRS, FEW_PAIRS * pairs):
                 self.warn_once(
                     f"{name} weights",
                     f"`{name}` at step {step}: the effective sample size is {share * pairs:.1f} of the step's {pairs} "
-                    f"pairs ({share:.1%}), so a few pairs carry the whole gradient. Raise `{loss.temperature}` (now "
-                    f"{getattr(self.args, loss.temperature)}) or the batch size.",
+                    f"pairs ({share:.1%}), so a few pairs carry the whole gradient. Raise `{option}` (now {value}) or "
+                    "the batch size.",
+                )
+            if share < NEARLY_ALL or wanted is not None:
+                self.steps_like_dpo.pop(name, None)
+            elif step - self.steps_like_dpo.setdefault(name, step) >= STEPS_LIKE_DPO:
+                spread = value * math.sqrt(-math.log(min(share, 1 - 1e-12)))
+                self.warn_once(
+                    f"{name} like dpo",
+                    f"`{name}` at step {step}: the effective sample size has been above {NEARLY_ALL:.0%} for "
+                    f"{STEPS_LIKE_DPO} steps, so that every pair counts the same, as in DPO. The losses of a step "
+                    f"spread by about {spread:.1g}: `{option}` (now {value}) has to be of that size, say "
+                    f"{spread / math.sqrt(-math.log(0.8)):.1g} for 80 %.",
                 )
 
     def _watch_caps(self, step: int, metrics: dict[str, float], completions: int) -> None:

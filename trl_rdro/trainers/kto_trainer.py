@@ -208,6 +208,7 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
 
         outputs = trl_compat.unpaired_metrics(self, model, inputs, outputs, ref_logps, return_outputs)
+        trl_compat.drop_metric(self, "kl")  # 0: nothing estimates it
         return (loss, outputs) if return_outputs else loss
 
     def _class_metrics(

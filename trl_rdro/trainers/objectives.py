@@ -100,15 +100,21 @@ def density_ratio_loss(
     raise ValueError(f"There is no density-ratio loss {name!r}.")
 
 
-def temperature(name: str, args: Any) -> float:
+def temperature(name: str, args: Any, step_losses: torch.Tensor | None = None) -> float:
     """The temperature at which the robust loss `name` weighs the pairs of an optimiser step, negative where it follows
     the pairs of low loss.
+
+    Args:
+        step_losses: `(N,)` of all of them, from which it is solved where their effective sample size is given.
 
     Raises:
         `ValueError`: for a loss without one.
     """
     if name == "kldpo":
-        return args.kldpo_tau
+        if args.kldpo_target_ess is None:
+            return args.kldpo_tau
+        assert step_losses is not None  # the whole step's, which are found before it
+        return losses.kldpo_tau(step_losses, args.kldpo_target_ess)
     if name == "drdpo":
         return -args.drdpo_beta
     raise ValueError(f"There is no temperature of {name!r}.")

@@ -48,6 +48,8 @@ class Reweighting(PairHost):
     def _reason_to_weigh_before(self) -> str | None:
         """Why the weights must be known before the step; `None`: they need not, since all that is in the gradients can
         be divided by one number at the step's end."""
+        if "kldpo" in self._weighing_losses and self.args.kldpo_target_ess is not None:
+            return "`kldpo_target_ess` asks for the losses of the whole step"
         if len(self.loss_types) > 1:
             return "another loss stands beside it"
         if self.aux_loss_enabled:
@@ -106,7 +108,9 @@ class Reweighting(PairHost):
                 f"`{name}` was given a micro-batch of an accumulated step without the weights of the step, which "
                 "`DPOTrainer.get_batch_samples` computes. Train with `DPOTrainer.train()`, or without accumulation."
             )
-        tau = objectives.temperature(name, self.args)
+        tau = objectives.temperature(name, self.args, of_step)
+        if name == "kldpo" and self.args.kldpo_target_ess is not None:
+            metrics["kldpo/tau"] = of_step.new_tensor(tau)
         _log_weights(name, of_step, tau, metrics)
         log_weights = losses.kldpo_log_weights(own, tau, of_step)
         return losses.kldpo_loss(pair_losses, tau, log_weights)
