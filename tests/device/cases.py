@@ -51,8 +51,9 @@ class Case:
 # What a loss learns is kept on the host, by label: the labels are read for each micro-batch, and the numbers sent
 STATEFUL = {"LossState.numbers": 2}
 CLASSES = {"KTOTrainer._class_metrics": 1}
+WEIGHED = {"StepWeights.take": 1}  # by a factor that every rank shares
 LAYOUT = {"make_layout": 1}
-LAYOUTS = {"make_layout": 2}  # of kldpo's two passes, and of the batch that wdpo doubles
+LAYOUTS = {"make_layout": 2}  # and of the batch that wdpo doubles
 TWO = {"gradient_accumulation_steps": 2}
 PACKED = {"padding_free": True, "model_init_kwargs": {"attn_implementation": "sdpa", "dtype": "float32"}}
 
@@ -61,13 +62,20 @@ CASES = {
         name: Case({"loss_type": name, **case.settings}, waits=STATEFUL if LOSS_TYPES[name].state else {})
         for name, case in LOSS_CASES.items()
     },
-    "kldpo accumulated": Case({"loss_type": "kldpo", "ld_alpha": 0.5, **TWO}),
-    "kldpo repo accumulated": Case({"loss_type": "kldpo", "inner_loss_type": "repo", **TWO}, waits=STATEFUL),
+    "kldpo accumulated": Case({"loss_type": "kldpo", "ld_alpha": 0.5, **TWO}, waits=WEIGHED),
+    "kldpo repo accumulated": Case(
+        {"loss_type": "kldpo", "inner_loss_type": "repo", **TWO}, waits={**STATEFUL, **WEIGHED}
+    ),
     "wdpo rms ipo": Case({"loss_type": "wdpo", "wdpo_penalty": "rms", "inner_loss_type": "ipo"}),
     "wdpo lora checkpointing": Case({"loss_type": "wdpo", "activation_checkpointing": True}, lora=True),
     "wdpo bf16": Case({"loss_type": "wdpo", "bf16": True}, as_on_cpu=False),
     "wdpo dropout": Case({"loss_type": "wdpo", "wdpo_rho": 1.0}, model={"attention_dropout": 0.2}, as_on_cpu=False),
-    "kldpo dropout": Case({"loss_type": "kldpo", **TWO}, model={"attention_dropout": 0.2}, as_on_cpu=False),
+    # Weighed by a forward beforehand, with the same noise
+    "kldpo dropout": Case(
+        {"loss_type": ["kldpo", "rdro"], "loss_weights": [1.0, 1.0], **TWO},
+        model={"attention_dropout": 0.2},
+        as_on_cpu=False,
+    ),
     "mixed": Case({"loss_type": ["rdro", "kldpo", "wdpo", "sigmoid"], "loss_weights": [1.0] * 4}),
     "weights": Case({"loss_type": ["rdro", "wdpo", "sigmoid", "sft"], "loss_weights": [1.0] * 4}, weighted=True),
     "precomputed": Case({"loss_type": "rdro", "precompute_ref_log_probs": True}),
@@ -82,7 +90,9 @@ CASES = {
     "evaluation of kldpo": Case({"loss_type": "kldpo"}, evaluates=True),
     "evaluation of kto ddro": Case({"loss_type": "ddro"}, KTOTrainer, evaluates=True, waits=CLASSES),
     "packed and shared": Case({"loss_type": "rdro", **PACKED}, waits=LAYOUT),
-    "packed and not shared": Case({"loss_type": "kldpo", "share_prompt": False, **PACKED, **TWO}, waits=LAYOUTS),
+    "packed and not shared": Case(
+        {"loss_type": "kldpo", "share_prompt": False, **PACKED, **TWO}, waits={**WEIGHED, **LAYOUT}
+    ),
     "packed wdpo": Case({"loss_type": "wdpo", **PACKED}, waits=LAYOUTS),
     "packed sigmoid": Case({"loss_type": "sigmoid", **PACKED}, waits=LAYOUT),
     "packed kto rdro": Case({"loss_type": "rdro", **PACKED}, KTOTrainer, waits={**CLASSES, **LAYOUT}),
