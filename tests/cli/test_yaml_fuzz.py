@@ -41,7 +41,7 @@ NAMES = {
     for command, classes in CLASSES.items()
 }
 # Read as another type than the annotation on purpose, or not by these commands
-LOOSE = {"lora_target_modules", "datasets", "use_cpu", "bf16", "method", "accelerator_config", "debug"} | OF_ENGINES
+LOOSE = {"lora_target_modules", "datasets", "use_cpu", "bf16", "method", "accelerator_config"} | OF_ENGINES
 
 
 @pytest.fixture(autouse=True, scope="module")

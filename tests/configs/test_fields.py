@@ -29,7 +29,7 @@ CONFIGS = {
 }
 GIVEN = {"output_dir", *cpu_args(), "reward_funcs"} - {"gradient_checkpointing"}
 # What they hold is read by accelerate and DeepSpeed, which also change the environment of the process
-OF_ENGINES = {"fsdp", "deepspeed", "parallelism_config", "ddp_backend"}
+OF_ENGINES = {"fsdp", "deepspeed", "parallelism_config", "ddp_backend", "debug"}
 FIELDS = [
     (config, field.name)
     for config in CONFIGS
@@ -150,7 +150,7 @@ def test_the_defaults_are_in_their_ranges(config):
     ("config", "values", "sentence"),
     [
         (DPOConfig, {"learning_rate": math.nan}, "`learning_rate` must be a number in [0, 1000], got nan."),
-        (DPOConfig, {"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be a whole number >= 1"),
+        (DPOConfig, {"per_device_train_batch_size": 0}, "must be a whole number in [1, 1e6], got 0."),
         (DPOConfig, {"eval_delay": 10**400}, "`eval_delay` must be a number >= 0, got 1000"),
         (DPOConfig, {"max_steps": 0}, "`max_steps` must be a whole number >= 1, or -1, got 0. -1 is"),
         (DPOConfig, {"max_length": -1}, "`max_length` must be a whole number >= 1 or None, got -1. Leave it None"),
@@ -163,7 +163,7 @@ def test_the_defaults_are_in_their_ranges(config):
             "`loss_weights` must be a list, each element a number in [0, 1e9] or None, got [1, '1e-1']. YAML",
         ),
         (DPOConfig, {"loss_weights": 1.0}, "got 1.0. For a single one, write [1.0]."),
-        (DPOConfig, {"pad_to_multiple_of": "x"}, "`pad_to_multiple_of` must be a whole number >= 1, 'auto' or None"),
+        (DPOConfig, {"pad_to_multiple_of": "x"}, "a whole number in [1, 65536], 'auto' or None"),
         (DPOConfig, {"model_init_kwargs": "{'a': 1}"}, "`model_init_kwargs` must be a mapping, or one as JSON text"),
         (DPOConfig, {"fsdp_config": "none.json"}, "`fsdp_config` must be a mapping, JSON text or a file, got"),
         (DPOConfig, {"report_to": "wandv"}, "`report_to` has no value 'wandv'. Did you mean 'wandb'?"),

@@ -106,7 +106,7 @@ def judge_of(answer, error):
     drawn=st.lists(judges, min_size=1, max_size=2),
     weights=st.one_of(st.none(), st.lists(st.sampled_from([1.0, -1.0, 0.0, 1e308]), min_size=2, max_size=2)),
     gives_rewards=st.booleans(),
-    selection=st.sampled_from(SELECTIONS),
+    selection=st.sampled_from(list(SELECTIONS)),
 )
 def test_finite_numbers_or_a_sentence(drawn, weights, gives_rewards, selection):
     functions = [judge_of(*one) for one in drawn]
