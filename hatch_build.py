@@ -6,7 +6,8 @@ from pathlib import Path
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
-LINK = re.compile(r"(!?)(\[[^\]]*\])\((?!https?://|#)([^)]+)\)")
+# A label may be an image of somewhere else: a badge
+LINK = re.compile(r"(!?)(\[(?:!\[[^\]]*\]\([^)]*\)|[^\]])*\])\((?!https?://|#)([^)]+)\)")
 
 
 def absolute_links(text: str, repository: str) -> str:

@@ -14,7 +14,7 @@ COVERAGE = {
     + NEEDS_GPUS
     + "; each recipe by `tests/recipes/test_recipes.py`, made tiny",
     "docs/compatibility.md": "not run, needs several GPUs or nodes; " + PARSED,
-    "docs/conformance.md": "not run by a test, minutes; its parts by the tests that it names",
+    "docs/conformance.md": "its tables by `tests/scripts/test_conformance.py`",
     "docs/dynamics.md": "not run as they stand; " + PARSED,
     "docs/estimate.md": "not run, reads a config of the hub; the same for each recipe by `scripts/docs.py`",
     "docs/evaluation.md": "not run, needs the hub and packages in environments of their own; `trl-rdro` lines: "

@@ -23,7 +23,8 @@ def on_page_markdown(markdown, page, config, files):
     def lead(match: re.Match) -> str:
         target, anchor = match[1], match[2] or ""
         path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), target))
-        if files.get_file_from_path(posixpath.relpath(path, "docs")) is not None or not (ROOT / path).exists():
+        file = files.get_file_from_path(posixpath.relpath(path, "docs"))
+        if (file is not None and file.inclusion.is_included()) or not (ROOT / path).exists():
             return match[0]  # the latter for mkdocs to complain of
         return f"]({config.repo_url}/blob/HEAD/{path}{anchor})"
 

@@ -1,6 +1,7 @@
 """What the documents tell one to type exists, and each document says whether a test runs it."""
 
 import ast
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -54,6 +55,14 @@ def test_programs_are_python_and_import_what_is_there(document):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trl_rdro":
                 module = import_module(str(node.module))
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_programs_of_the_repository_that_are_named_exist(document):
+    for path in re.findall(r"(?<![\w/])(?:scripts|tests)/[\w/]+\.py", document.read_text()):
+        assert (ROOT / path).exists() or document.name == "CHANGELOG.md", path
+    for module in re.findall(r"python -m (tests[\w.]+)", document.read_text()):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
 
 
 def test_usage_errors_of_documents_would_be_found():

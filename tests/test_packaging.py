@@ -1,9 +1,12 @@
 """The sdist and the wheel: built offline from the working tree, looked at, and the wheel built from the sdist."""
 
+import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
+import venv
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -78,8 +81,58 @@ def test_the_description_links_to_the_repository(wheel):
             assert (ROOT / target.split("/HEAD/")[1].split("#")[0]).exists(), target
 
 
-def test_citation_is_of_this_version():
+def test_citation_and_changelog_are_of_this_version():
     assert f"\nversion: {trl_rdro.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{trl_rdro.__version__}]\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
+    """Its dependencies are those of this environment, behind its own directory on the path; this checkout is not."""
+    environment = tmp_path / "environment"
+    venv.create(environment)
+    python = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel.filename], check=True)
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    def output(*command) -> str:
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=clean, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    command = environment / "bin" / "trl-rdro"
+    assert output(command, "--version") == f"trl-rdro {trl_rdro.__version__}\n"
+    assert "qwen2.5-7b/rdro_qlora" in output(command, "recipes")
+    assert output(command, "recipes", "--copy", "quickstart") == "quickstart.yaml\n"
+    code = "import trl_rdro; from trl_rdro import DPOTrainer, KTOTrainer; print(trl_rdro.__file__)"
+    assert Path(output(python, "-c", code).strip()).is_relative_to(site_packages)
+    requirements = subprocess.run([*pip, "check"], capture_output=True, text=True).stdout
+    assert "trl-rdro " not in requirements
+
+
+@pytest.mark.slow
+def test_the_sdists_own_tests_pass(sdist):
+    tests = ["tests/losses/test_rdro.py", "tests/cli/test_recipes.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        cwd=sdist,
+        env={**os.environ, "PYTHONPATH": str(sdist)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_the_package_index_would_take_them(sdist, wheel):
+    pytest.importorskip("twine")
+    archives = [str(sdist) + ".tar.gz", wheel.filename]
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *archives], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_repository_stands_in_one_place(sdist):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .trainers.dpo_trainer import DPOTrainer
     from .trainers.kto_trainer import KTOTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "DPOConfig": ".configs.dpo_config",
