@@ -1,5 +1,6 @@
 """`scripts/bench_packed.py`: that it compares what it says, and goes on. Nothing depends on how fast anything is."""
 
+import itertools
 import json
 import sys
 
@@ -14,8 +15,9 @@ from bench_lengths import CORPORA, grouped
 def test_the_cells_that_ship():
     cells = bench_packed.read_cells(bench_packed.CELLS)
     assert len({cell.name for cell in cells}) == len(cells)
-    for cell in cells:
-        ours, theirs = bench_packed.runs_of(cell)
+    for cell, model in itertools.product(cells, bench_packed.MODELS):
+        ours, theirs = bench_packed.runs_of(cell, model)
+        assert (ours.model, ours.method, ours.checkpointing) == (theirs.model, theirs.method, theirs.checkpointing)
         assert cell.corpus in (*CORPORA, "filled") and cell.order in ("random", "grouped")
         assert (ours.lengths, ours.length, ours.grouped) == (theirs.lengths, theirs.length, theirs.grouped)
         assert ours.batch * ours.accumulation == theirs.batch * theirs.accumulation
@@ -25,7 +27,7 @@ def test_the_cells_that_ship():
 @pytest.mark.slow
 def test_a_bench_that_was_killed_goes_on(tmp_path, monkeypatch):
     tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
-    monkeypatch.setattr(bench_packed, "SMALL", tiny)
+    monkeypatch.setattr(bench_packed, "MODELS", {"small": {"model": tiny}})
     monkeypatch.setattr(bench_packed, "LENGTHS", dict.fromkeys(CORPORA, 64))
     cells, output = tmp_path / "cells.txt", tmp_path / "found.jsonl"
     lines = [
