@@ -31,7 +31,6 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several GPUs one, or th
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from bench_lengths import CORPORA, pair_lengths  # noqa: E402
 from bench_runs import (  # noqa: E402
     CUDA,
     ROOT,
@@ -47,8 +46,6 @@ from bench_runs import (  # noqa: E402
 from bench_table import Row, table  # noqa: E402
 from machine import processor_name  # noqa: E402
 from smollm2 import MODEL_DIR  # noqa: E402
-
-from trl_rdro.packing.savings import savings  # noqa: E402
 
 
 CONFIGS = ROOT / "tests" / "fixtures" / "model_configs"
@@ -67,10 +64,6 @@ class Size:
     steps: int
     imports: int  # rounds
     rows: int  # to prepare
-    packed: Run  # on pairs of unequal length
-    batches: list[int]  # of pairs
-    corpora: tuple[str, ...]
-    pairs: int  # of an epoch
     largest: Run | None = None  # whose largest batch to find
 
 
@@ -110,10 +103,6 @@ def sizes() -> dict[str, Size]:
             steps=1,
             imports=1,
             rows=32,
-            packed=replace(tiny, length=512),
-            batches=[2],
-            corpora=("demo pairs",),
-            pairs=4,
         ),
         "small": Size(
             plain=[
@@ -132,10 +121,6 @@ def sizes() -> dict[str, Size]:
             steps=2,
             imports=4,
             rows=1000,
-            packed=Run(model={**qwen2(256, 6, 32_000), "tie_word_embeddings": True}, length=2048),
-            batches=[1, 2, 4, 8],
-            corpora=CORPORA,
-            pairs=16,
         ),
         "full": Size(
             plain=[
@@ -151,10 +136,6 @@ def sizes() -> dict[str, Size]:
             steps=2,
             imports=2,
             rows=2000,
-            packed=Run(model=public("Qwen2.5-0.5B-Instruct"), length=2048),
-            batches=[1, 2, 4, 8],
-            corpora=CORPORA,
-            pairs=64,
             largest=replace(qlora, model=public("Llama-3.1-8B-Instruct"), length=4096),
         ),
     }
@@ -194,8 +175,8 @@ class Goal:
     memory: float | None = None
 
 
-def compare(runs: list[Run], goals: list[Goal], rounds: int, steps: int, epochs: bool = False) -> Iterator[Row]:
-    times = alternate(runs, rounds, steps, epochs)
+def compare(runs: list[Run], goals: list[Goal], rounds: int, steps: int) -> Iterator[Row]:
+    times = alternate(runs, rounds, steps)
     peaks = [peak_bytes(run) for run in runs]
     for goal in goals:
         i, j = goal.first, goal.second
@@ -319,38 +300,7 @@ def section_6(size: Size) -> Iterator[Row]:
         yield {"what": run.name, "setting": run.setting, "pairs": largest_batch(run)}
 
 
-def section_7(size: Size) -> Iterator[Row]:
-    """Pairs per second against stock TRL's `sigmoid` as it comes, and, where it could be, sorted by length."""
-    for corpus in size.corpora:
-        for batch in size.batches:
-            length = 4 * size.packed.length if corpus == "RAG" else size.packed.length
-            stock = replace(size.packed, lengths=corpus, batch=batch, length=length)
-            lazy = {"batch": max(batch // 2, 1), "accumulation": 2 if batch > 1 else 1}  # the same step
-            runs = [
-                stock,
-                ours(stock, "sigmoid", train_sampling_strategy="group_by_length"),
-                ours(stock, "sigmoid", padding_free=True, share_prompt=False),
-                ours(stock, "sigmoid", padding_free=True),
-                ours(stock, "ddro", padding_free=True),
-                ours(stock, "rdro", padding_free=True),
-                replace(ours(stock, "kldpo", padding_free=True), **lazy),
-                ours(stock, "wdpo", padding_free=True),
-            ]
-            four = batch == 4
-            goals = [
-                Goal(1, 0),
-                Goal(2, 0),
-                Goal(3, 0, 0.5 if four else None, 0.6),
-                Goal(3, 1, 0.71 if four else None),
-            ]
-            goals += [Goal(4, 0), Goal(5, 0), Goal(6, 0, 0.56 if four else None), Goal(7, 0, 1.18)]
-            lengths = [(prompt, sides) for prompt, *sides in pair_lengths(corpus, size.pairs, length)]
-            tokens = savings(lengths, batch, length)
-            for row in compare(runs, goals, size.rounds, size.pairs // batch, epochs=True):
-                yield {**row, "tokens": {"packed": 1 / tokens.packed, "shared": 1 / tokens.shared}}
-
-
-SECTIONS = {1: section_1, 2: section_2, 3: section_3, 4: section_4, 5: section_5, 6: section_6, 7: section_7}
+SECTIONS = {1: section_1, 2: section_2, 3: section_3, 4: section_4, 5: section_5, 6: section_6}
 
 
 # The command

@@ -3,12 +3,13 @@ Packed rows and shared prompts against stock TRL's `sigmoid`, on pairs of real a
 
     python scripts/bench_packed.py                       # the cells of scripts/bench_packed_cells.txt, in their order
     python scripts/bench_packed.py --cells mine.txt --output mine.jsonl --only "demo pairs"
+    python scripts/bench_packed.py --model 0.5b --output gpu.jsonl --only shared    # on a CUDA GPU
 
 Each line of that file is a cell, of about a minute. A cell that is done is a line of the output, and is not done
 again: a bench that was killed goes on. Both sides see the same pairs in the same order, in turns of one round, which
 is four pairs or more that are new to both; after a round of warm-up. Processor time on one thread, in which what else
-the machine does is not; wall time stands beside it. Everything of an optimiser step is in it. Peak memory is that of
-all tensors in one more round, model and optimiser included.
+the machine does is not (on a GPU wall time); wall time stands beside it. Everything of an optimiser step is in it.
+Peak memory is that of all tensors in one more round, model and optimiser included.
 """
 
 import argparse
@@ -28,16 +29,21 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from bench import device, environment, public  # noqa: E402
 from bench_flops import SMALL, forward_flops, passes  # noqa: E402
 from bench_lengths import grouped, pair_lengths  # noqa: E402
-from bench_runs import WDPO_RHO, Run, build_trainer, peak_bytes, quiet  # noqa: E402
-from machine import processor_name  # noqa: E402
+from bench_runs import CUDA, WDPO_RHO, Run, build_trainer, peak_bytes, quiet  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 
 HERE = Path(__file__).resolve().parent
 CELLS = HERE / "bench_packed_cells.txt"
 OUTPUT = HERE.parent / "docs" / "results" / "bench-packed.jsonl"
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {"model": {**SMALL, "tie_word_embeddings": True}},
+    "0.5b": {"model": public("Qwen2.5-0.5B-Instruct")},
+    "7b-qlora": {"model": public("Qwen2.5-7B-Instruct"), "method": "qlora", "checkpointing": True},
+}
 LENGTHS = {"RAG": 8192, "filled": 256}  # at most, of a row; others 2048
 PAIRS = 4  # of a round, or those of an optimiser step where that has more
 ROUNDS = 5
@@ -70,20 +76,20 @@ def read_cells(path: Path) -> list[Cell]:
     return cells
 
 
-def runs_of(cell: Cell) -> tuple[Run, Run]:
+def runs_of(cell: Cell, model: str = "small") -> tuple[Run, Run]:
     """Ours and the other side's."""
     length = LENGTHS.get(cell.corpus, 2048)
-    common: dict[str, Any] = {"length": length, "batch": cell.batch, "accumulation": cell.accumulation}
-    model = {**SMALL, "tie_word_embeddings": True}
+    common = {**MODELS[model], "length": length, "batch": cell.batch, "accumulation": cell.accumulation}
     if cell.corpus != "filled":
         common |= {"lengths": cell.corpus, "grouped": cell.order == "grouped"}
     if cell.against == "double backward":
         # The head is nearly all of it, as in section 3 of bench.py
-        model = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "vocab_size": 150_000}
+        head = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "vocab_size": 150_000}
+        common |= {"model": head, "method": "full", "checkpointing": False}
     loss, *how = cell.ours.split()
     # The order is made beforehand, the same for both
     settings: dict[str, Any] = {"train_sampling_strategy": "sequential"}
-    theirs = Run(model=model, settings=tuple(settings.items()), **common)
+    theirs = Run(settings=tuple(settings.items()), **common)
     if cell.against == "double backward":
         theirs = replace(theirs, library="exact", loss="wdpo", attention="eager")
     elif cell.against == "stock, one at a time":
@@ -91,16 +97,22 @@ def runs_of(cell: Cell) -> tuple[Run, Run]:
     settings |= {"padding_free": True, "share_prompt": "shared" in how}
     if loss == "wdpo":
         settings |= {"wdpo_rho": WDPO_RHO, "wdpo_difference": "one_sided" if "one_sided" in how else "central"}
-    ours = Run(model=model, library="trl_rdro", loss=loss, settings=tuple(settings.items()), **common)
+    ours = Run(library="trl_rdro", loss=loss, settings=tuple(settings.items()), **common)
     return ours, theirs
 
 
 class Clock(TrainerCallback):
+    @staticmethod
+    def now() -> tuple[float, float]:
+        if CUDA:
+            torch.cuda.synchronize()
+        return time.perf_counter() if CUDA else time.process_time(), time.perf_counter()
+
     def on_train_begin(self, *args, **kwargs):
-        self.begin = time.process_time(), time.perf_counter()
+        self.begin = self.now()
 
     def on_step_end(self, *args, **kwargs):
-        self.end = time.process_time(), time.perf_counter()
+        self.end = self.now()
 
 
 def alternate(runs: tuple[Run, Run], pairs: int, rounds: int) -> np.ndarray:
@@ -132,8 +144,8 @@ def ratio(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     return {"ratio": float(theirs.sum() / ours.sum()), "low": float(low), "high": float(high)}
 
 
-def measure(cell: Cell, pairs: int, rounds: int) -> dict[str, Any]:
-    runs = runs_of(cell)
+def measure(cell: Cell, model: str, pairs: int, rounds: int) -> dict[str, Any]:
+    runs = runs_of(cell, model)
     pairs = 1 if cell.corpus == "filled" else max(pairs, cell.batch * cell.accumulation)
     seconds = alternate(runs, pairs, rounds)
     found: dict[str, Any] = {
@@ -144,7 +156,7 @@ def measure(cell: Cell, pairs: int, rounds: int) -> dict[str, Any]:
     }
     if cell.memory_goal is not None:
         found["bytes"] = [peak_bytes(run, steps=1) for run in runs]
-    if cell.corpus != "filled":
+    if cell.corpus != "filled" and model == "small":
         found["flops"] = flop_ratios(cell, pairs, rounds)
     return found
 
@@ -167,16 +179,13 @@ def flop_ratios(cell: Cell, pairs: int, rounds: int) -> dict[str, float]:
     }
 
 
-def environment() -> dict[str, Any]:
-    names = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+def conditions() -> dict[str, Any]:
     return {
-        "device": f"{os.cpu_count()} cores of {processor_name()}, no GPU",
+        "device": device(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(
-            [*(f"{name}={os.environ[name]}" for name in names if name in os.environ), "python", *sys.argv]
-        ),
+        "command": " ".join([*environment(), "python", *sys.argv]),
         "versions": {name: version(name) for name in ("trl-rdro", "trl", "torch", "transformers")},
     }
 
@@ -186,17 +195,20 @@ def main() -> int:
     parser.add_argument("--cells", type=Path, default=CELLS)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="one line of JSON for each cell")
     parser.add_argument("--only", default="", help="of the cells, those whose line has this text")
+    parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--pairs", type=int, default=PAIRS, help="of a round")
     args = parser.parse_args()
     done = set()
     if args.output.exists():
-        done = {json.loads(line)["cell"] for line in args.output.read_text().splitlines()}
+        rows = map(json.loads, args.output.read_text().splitlines())
+        done = {row["cell"] for row in rows if row["model"] == args.model}
     for cell in read_cells(args.cells):
         if cell.name in done or args.only not in cell.name:
             continue
         start = time.perf_counter()
-        found = {"cell": cell.name, **asdict(cell), **measure(cell, args.pairs, args.rounds), **environment()}
+        found = measure(cell, args.model, args.pairs, args.rounds)
+        found = {"cell": cell.name, "model": args.model, **asdict(cell), **found, **conditions()}
         with args.output.open("a") as file:
             file.write(json.dumps(found) + "\n")
         goal = "" if cell.goal is None else f", goal {cell.goal}"

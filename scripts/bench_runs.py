@@ -255,7 +255,7 @@ class Clock(TrainerCallback):
     """When each optimiser step ended. What comes before a step's forward, fetching batches included, is in it."""
 
     def on_train_begin(self, *args, **kwargs):
-        self.begin, self.ends = now(), []
+        self.ends = []
 
     def on_step_end(self, *args, **kwargs):
         if CUDA:
@@ -266,11 +266,6 @@ class Clock(TrainerCallback):
     def durations(self) -> list[float]:
         """Of all steps but the first, which is warm-up."""
         return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
-
-    @property
-    def total(self) -> float:
-        """Of all steps."""
-        return self.ends[-1] - self.begin
 
 
 @contextmanager
@@ -291,17 +286,13 @@ def quiet() -> Iterator[str]:
             torch.cuda.empty_cache()
 
 
-def alternate(runs: list[Run], rounds: int, steps: int, epochs: bool = False) -> list[list[list[float]]]:
+def alternate(runs: list[Run], rounds: int, steps: int) -> list[list[list[float]]]:
     """Seconds per optimiser step, by run and round. The runs take turns, `steps` steps each after one that is not
-    counted; the first round is warm-up; the order is turned round from round to round.
-
-    With `epochs`, where steps are unequal: seconds of `steps` steps as a whole, which are one pass over the data, so
-    that all runs see the same samples in whatever order.
-    """
+    counted; the first round is warm-up; the order is turned round from round to round."""
     with quiet() as folder:
         trainers, clocks = [], []
         for run in runs:
-            trainers.append(build_trainer(run, steps + (not epochs), folder))
+            trainers.append(build_trainer(run, steps + 1, folder))
             clocks.append(Clock())
             trainers[-1].add_callback(clocks[-1])
         gc.collect()
@@ -312,7 +303,7 @@ def alternate(runs: list[Run], rounds: int, steps: int, epochs: bool = False) ->
             for i in order:
                 trainers[i].train()
                 if round_:
-                    times[i].append([clocks[i].total] if epochs else clocks[i].durations)
+                    times[i].append(clocks[i].durations)
         gc.unfreeze()
         del trainers, clocks
     return times

@@ -10,7 +10,6 @@ TITLES = {
     4: "Scaling: kldpo and wdpo beside DPO",
     5: "Around the loss",
     6: "The largest batch that fits (CUDA only)",
-    7: "Packed rows and shared prompts on pairs of real and realistic lengths, against stock TRL",
 }
 Row = dict[str, Any]
 
@@ -78,14 +77,7 @@ def largest_table(rows: list[Row]) -> list[list[str]]:
     return [["loss", "setting", "pairs"], *([row["what"], row["setting"], str(row["pairs"])] for row in rows)]
 
 
-def lengths_table(rows: list[Row]) -> list[list[str]]:
-    """Beside the comparison, the tokens that are forwarded as a share of stock's padded positions."""
-    head, *lines = comparison_table(rows)
-    shares = [" / ".join(f"{row['tokens'][key]:.2f}" for key in ("packed", "shared")) for row in rows]
-    return [[*head, "tokens packed / shared"], *([*line, share] for line, share in zip(lines, shares, strict=True))]
-
-
-TABLES = {4: scaling_table, 5: overhead_table, 6: largest_table, 7: lengths_table}
+TABLES = {4: scaling_table, 5: overhead_table, 6: largest_table}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -98,4 +90,39 @@ def table(report: dict[str, Any]) -> str:
         head, *lines = TABLES.get(number, comparison_table)(rows)
         text += ["", f"### {number}. {TITLES[number]}", ""]
         text += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+    return "\n".join(text) + "\n"
+
+
+def faster(row: Row) -> list[str]:
+    """A cell of `scripts/bench_packed.py`."""
+    processor, goal, memory = row["processor"], row["goal"], row.get("bytes")
+    share = memory and memory[0] / memory[1]
+    flops = row.get("flops", {})
+    batch = f"{row['batch']} x {row['accumulation']}" if row["accumulation"] > 1 else str(row["batch"])
+    against = {"stock": "sigmoid", "stock, one at a time": "sigmoid, one pair at a time"}.get(row["against"])
+    against = f"{against}, grouped by length" if row["order"] == "grouped" else against or f"wdpo, {row['against']}"
+    return [
+        row["corpus"] if row["corpus"] != "filled" else "256 tokens each, vocabulary 150,000",
+        batch,
+        row["ours"],
+        against,
+        f"{processor['ratio']:.2f} ({processor['low']:.2f} to {processor['high']:.2f})",
+        "" if goal is None else f"≥ {goal:.2f}",
+        "" if goal is None else "met" if processor["ratio"] >= goal else "missed",
+        f"{row['wall']['ratio']:.2f}",
+        f"{share:.2f}, goal ≤ {row['memory_goal']:.2f}: {verdict(share, row['memory_goal'])}" if memory else "",
+        *(f"{flops[key]:.2f}" if flops else "" for key in ("here", "Qwen2.5-7B")),
+    ]
+
+
+def packed_table(rows: list[Row]) -> str:
+    """The cells of `scripts/bench_packed.py` in Markdown."""
+    first = rows[0]
+    versions = ", ".join(f"{name} {of}" for name, of in first["versions"].items())
+    dates = ", ".join(dict.fromkeys(row["date"] for row in rows))
+    head = ["pairs", "at a time", "ours", "against TRL's", "times as many pairs/s", "goal", "", "wall time", "memory"]
+    head += ["operations here", "... of Qwen2.5-7B on a GPU"]
+    lines = [head, ["---"] * len(head), *map(faster, rows)]
+    text = [f"{first['device']}, {first['threads']} thread, processor time; {versions}. {dates}:"]
+    text += [f"`{first['command']}`", "", *(f"| {' | '.join(line)} |" for line in lines)]
     return "\n".join(text) + "\n"

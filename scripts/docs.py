@@ -354,6 +354,11 @@ def coverage_table() -> str:
 # All of them
 
 
+def packed() -> str:
+    lines = (RESULTS / "bench-packed.jsonl").read_text().splitlines()
+    return bench_table.packed_table([json.loads(line) for line in lines])
+
+
 def bench() -> str:
     return bench_table.table(json.loads((RESULTS / "bench-small.json").read_text()))
 
@@ -370,7 +375,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": gpu_table,
     },
     "docs/conformance.md": conformance.TABLES,
-    "docs/performance.md": {"bench": bench},
+    "docs/performance.md": {"packed": packed, "bench": bench},
     "docs/README.md": {"commands": coverage_table},
     "docs/trackers.md": {"metrics": metrics_table},
     "docs/studies.md": {path.name: partial(study, path.name) for path in sorted(STUDIES.iterdir())},

@@ -89,7 +89,10 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def compare(kind: str, folder, stock: bool, make_model=None, **settings) -> None:
+BOTH = ({"share_prompt": False}, {"share_prompt": True})
+
+
+def compare(kind: str, folder, stock: bool, make_model=None, layouts=BOTH, **settings) -> None:
     """Packed, and packed and shared, against padded; losses and metrics too."""
 
     def run(**more):
@@ -103,7 +106,7 @@ def compare(kind: str, folder, stock: bool, make_model=None, **settings) -> None
     noise = max(error(run(stock=stock, pad_to_multiple_of=160)[0], expected), torch.finfo(torch.float32).eps)
     wdpo = "wdpo" in settings.get("loss_type", "")
     bar = max(2 * log["wdpo/gap"], 1e-4) if wdpo else 5 * noise
-    for sharing in ({"share_prompt": False}, {"share_prompt": True}) if kind == "DPO" else ({},):
+    for sharing in layouts if kind == "DPO" else ({},):
         found, packed_log = run(padding_free=True, **sharing)
         assert error(found, expected) <= bar, f"{sharing}: {error(found, expected):.1e} against noise {noise:.1e}"
         assert packed_log.keys() == log.keys()
@@ -119,15 +122,20 @@ def reference() -> dict[str, Any]:
     return {"trainer_kwargs": {"ref_model": tiny_qwen2(seed=3)}}
 
 
+# Losses see the rows' log-probabilities only: the layout that asks most stands for both
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", TRL_DPO_LOSSES)
 def test_every_loss_of_trl(tmp_path, loss_type):
     smoothing = {"label_smoothing": 1e-3} if loss_type == "exo_pair" else {}
-    compare("DPO", tmp_path, stock=True, make_model=reference, loss_type=loss_type, **smoothing)
+    compare("DPO", tmp_path, stock=True, make_model=reference, layouts=BOTH[1:], loss_type=loss_type, **smoothing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_loss_of_ours(tmp_path, loss_type):
-    compare("DPO", tmp_path, stock=False, make_model=reference, loss_type=loss_type)
+    compare("DPO", tmp_path, stock=False, make_model=reference, layouts=BOTH[1:], loss_type=loss_type)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +181,7 @@ def test_second_reference(tmp_path):
     compare("DPO", tmp_path, stock=False, make_model=reference, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(tmp_path, name):
     def models():
@@ -182,8 +191,16 @@ def test_architectures(tmp_path, name):
     compare("DPO", tmp_path, stock=True, make_model=models)
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["stored", "non-reentrant", "reentrant"])
-@pytest.mark.parametrize("kind", ["lora", "ref adapter", "qlora", "prompted precompute"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        *[("lora", checkpointing) for checkpointing in (None, False, True)],
+        *[("ref adapter", None), ("ref adapter", True)],
+        *[("qlora", None), ("qlora", False)],
+        ("prompted precompute", True),
+    ],
+)
 def test_adapters(tmp_path, kind, checkpointing):
     """The reference is the base model with the adapter off, or a second adapter."""
     settings: dict[str, Any] = {}
