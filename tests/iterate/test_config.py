@@ -36,7 +36,7 @@ def config(**changes) -> IterateConfig:
         ({"temperature": 0}, "`temperature` must be a number in [1e-6, 1e6], got 0"),
         ({"top_p": 0}, "`top_p` must be a number in [1e-6, 1], got 0"),
         ({"entropy_floor": 1}, "`entropy_floor` must be a number in [0, 1)"),
-        ({"threshold_eta": 0.9}, "`threshold_eta=0.9` has no effect with `pair_selection='best_vs_worst'`"),
+        ({"threshold_eta": 0.9}, "`threshold_eta=0.9` has no effect with `pair_selection=None`"),
         ({"threshold_tau": 2.0, "pair_selection": "rejection"}, "Leave it at 1.0 or use `pair_selection='threshold'`"),
         ({"rejection_beta": 1.0, "pair_selection": "random"}, "`rejection_beta=1.0` has no effect"),
         (

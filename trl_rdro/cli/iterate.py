@@ -111,8 +111,14 @@ def run(argv: list[str] | None = None) -> int:
 
         with user_error(ValueError):
             loop = Loop(config, args, model_args, judge, rows, monitor_rows)
-        result = loop.run()
-    if args.process_index == 0:
+        sampled = loop.sample() if config.sample_only else None
+        result = None if config.sample_only else loop.run()
+    if args.process_index == 0 and sampled is not None:
+        print(
+            f"Completions judged, pairs in {sampled}. Train on them with: trl-rdro {config.method} --dataset_name "
+            f"{sampled.parent} --precompute_ref_log_probs true --model_name_or_path {model_args.model_name_or_path}"
+        )
+    elif args.process_index == 0 and result is not None:
         stopped = "stopped at the entropy floor, " if result["stopped"] else ""
         print(f"Loop completed: {stopped}model of round {result['final_round'] + 1} in {args.output_dir}/final")
     return 0

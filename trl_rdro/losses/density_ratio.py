@@ -78,7 +78,7 @@ def ddro_loss(logratios: torch.Tensor, preferred: torch.Tensor, t: Share = 0.5, 
     nonpreferred = torch.log1p(c * r) - one_minus_tr.log() + slope * beyond
     # For t < 1/2 there is no singularity: log(1/r + 1 - 2t) exactly, in a form that cannot overflow
     if isinstance(t, torch.Tensor):
-        smooth = torch.logaddexp(-z, c.clamp(min=1e-30).log())
+        smooth = torch.logaddexp(-z, (1 - 2 * t).clamp(min=1e-30).log())
         preferred_term = torch.where(t < 0.5, smooth, -below + torch.log1p(c * r) - beyond / at_cap)
     elif t < 0.5:
         preferred_term = torch.logaddexp(-z, torch.full_like(z, math.log(c)))

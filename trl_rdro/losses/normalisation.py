@@ -16,7 +16,7 @@ from .density_ratio import Share
 from .precision import as_float
 
 
-NO_SUMS = (-math.inf,) * 5
+NO_SUMS: tuple[float, ...] = (-math.inf,) * 5
 
 
 def mixture_weights(preferred: torch.Tensor, mixture: Share, fraction: Share) -> torch.Tensor:

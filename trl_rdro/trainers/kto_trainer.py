@@ -240,7 +240,7 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
         return (loss, outputs) if return_outputs else loss
 
     def _shares(self, columns: dict[str, torch.Tensor]) -> tuple[Share, Share]:
-        """The share of p+ in the reference, unless an option sets it, and that of preferred completions in the data."""
+        """Of p+ in the reference, unless an option sets it, and of preferred completions in the data."""
         if COLUMN in columns:  # of each completion's prompt
             return columns[COLUMN], columns[COLUMN]
         fraction = self.preferred_fraction if self.model.training else self._evaluated_fraction
