@@ -109,11 +109,14 @@ def test_vllm_is_refused_in_several_processes(tmp_path, monkeypatch):
         config(use_vllm=True).validate_with(args)
 
 
-def test_defaults_have_a_margin_with_a_bounded_judge_only(tmp_path):
+def test_defaults_have_a_margin_and_sigmoid_with_a_bounded_judge_only(tmp_path):
     from trl_rdro.cli.iterate import make_parser
 
     argv = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--reward_funcs", VOWELS]
     loop, _, args, _ = make_parser("dpo").parse_args_and_config(argv)
+    assert args.loss_type == ["cdpo"] and 0.05 < loop.guaranteed_margin(args) < 0.1
+    loop, _, args, _ = make_parser("dpo", loss_is_given=True).parse_args_and_config(argv)
+    assert args.loss_type == ["sigmoid"] and args.label_smoothing == 0
     assert loop.guaranteed_margin(args) is None  # a judge that can be certain
     loop.judge_bound = 0.6
     assert loop.guaranteed_margin(args) > 0.1

@@ -98,7 +98,7 @@ def _fine_tuned(model: torch.nn.Module, rows: PreparedRows, watched: PreparedRow
     torch.manual_seed(0)
     best = completion_logps(model, watched, batch_size, "to stop by").mean()
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapter: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+    adapter: Any = get_peft_model(model, config)
     trained = [p for p in adapter.parameters() if p.requires_grad]
     kept = [p.detach().clone() for p in trained]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
@@ -172,9 +172,9 @@ def advice(distance: dict[str, Any], dataset: str) -> str:
         )
     return (
         f"KL(data || reference) is at least {of_all['mean']:.1f} ± {of_all['standard_error'] or 0:.1f} nats a "
-        "completion, and ddro and rdro assume 0. Either fit the reference to both classes first, `trl sft --model_name_or_path "
-        f"{model} --dataset_name {dataset} --output_dir sft` (of pairs make rows of prompt and completion with "
-        "`trl.data_utils.unpair_preference_dataset`), and train from `sft`; or draw the completions from the "
-        f"reference, `trl-rdro iterate --sample_only true --loss_type rdro --model_name_or_path {model}` with a judge; or use "
-        "another loss (`sigmoid` for pairs, `kto` for labels)."
+        "completion, and ddro and rdro assume 0. Either fit the reference to both classes first, `trl sft "
+        f"--model_name_or_path {model} --dataset_name {dataset} --output_dir sft` (of pairs make rows of prompt and "
+        "completion with `trl.data_utils.unpair_preference_dataset`), and train from `sft`; or draw the completions "
+        f"from the reference, `trl-rdro iterate --sample_only true --loss_type rdro --model_name_or_path {model}` "
+        "with a judge; or use another loss (`sigmoid` for pairs, `kto` for labels)."
     )
