@@ -81,11 +81,13 @@ def test_rdro_goes_to_p_plus_at_any_length_with_the_mixture_and_stops_without(tm
         exact = rows["exact mixture", "rdro", length]
         assert exact["share"] > 0.8
         assert abs(exact["log_normalisation"]) < max(0.03, 3 * exact["log_normalisation_error"])
-    for reference in ("SFT on both", "base"):
-        assert rows[reference, "rdro", 500]["share"] < 0.5 < rows[reference, "rdro", 20]["share"]
-        # ddro at t = 1/2 becomes SFT on the chosen
-        assert rows[reference, "ddro", 500]["share"] == pytest.approx(rows[reference, "sft", 500]["share"], abs=0.05)
-        assert rows[reference, "ddro", 500]["log_normalisation"] > 0.4
+    assert rows["SFT on both", "rdro", 500]["share"] < 0.5 < rows["SFT on both", "rdro", 20]["share"]
+    assert max(rows["base", "rdro", length]["share"] for length in (20, 500)) < 0.3
+    # ddro at t = 1/2 becomes SFT on the chosen, which the live test sees at once
+    assert rows["SFT on both", "ddro", 500]["share"] == pytest.approx(
+        rows["SFT on both", "sft", 500]["share"], abs=0.05
+    )
+    assert min(rows[reference, "ddro", 500]["log_normalisation"] for reference in ("SFT on both", "base")) > 1
 
 
 @pytest.mark.slow
