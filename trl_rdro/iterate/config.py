@@ -85,7 +85,7 @@ class IterateConfig:
         monitor_samples (`int`, defaults to `4`): completions for each of them.
         entropy_floor (`float`, defaults to `0.1`): stop when the policy's entropy falls below this share of that of
             pi_0. 0 never stops.
-        sample_only (`bool`, defaults to `False`): stop when the completions of the first round are drawn, judged and
+        sample_only (`bool`, defaults to `False`): stop when the first round's completions are drawn, judged and
             written with their reference log-probabilities to `output_dir/data/train.jsonl`.
         keep_rounds (`int`, *optional*): keep the data and the models of so many last rounds, and of the best one. If
             `None`, all. Reports are always kept.
@@ -113,10 +113,7 @@ class IterateConfig:
     pair_selection: str | None = field(
         default=None,
         metadata={
-            **_help(
-                "`best_vs_worst`, `random`, `rejection` (RSO) or `threshold` (RS-DPO). If `None`, `random` for losses "
-                "of single log-ratios and `best_vs_worst` for others."
-            ),
+            **_help("`best_vs_worst`, `random`, `rejection` (RSO) or `threshold` (RS-DPO). If `None`, by the loss."),
             "choices": list(SELECTIONS),
         },
     )
@@ -167,11 +164,7 @@ class IterateConfig:
         default=0.1, metadata=_help("Stop below this share of the entropy of pi_0. 0 never stops.")
     )
     sample_only: bool = field(
-        default=False,
-        metadata=_help(
-            "Stop when the completions of the first round are drawn, judged and written with their reference "
-            "log-probabilities to `output_dir/data/train.jsonl`."
-        ),
+        default=False, metadata=_help("Stop at the first round's judged data, `output_dir/data/train.jsonl`.")
     )
     keep_rounds: int | None = field(
         default=None,
