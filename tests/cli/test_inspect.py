@@ -319,3 +319,10 @@ def test_the_quickstart_recipe(model, capsys):
     argv = ["inspect", "--config", path, "--model_name_or_path", model, "--limit", "20"]
     assert main([*argv, "--dataset_name", trl_rdro.quickstart.QUICKSTART_DIR]) == 0
     assert "Pairs: 20" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_reference(inspect):
+    printed = inspect(list(tiny_preferences(60)), "--reference")
+    assert "held-out completions" in printed and "KL(data || reference) is at least" in printed
+    assert "needs 40 rows, got 6" in inspect(list(tiny_preferences(60)), "--reference", "--limit", "6")

@@ -7,6 +7,8 @@ import pytest
 from accelerate.utils import DistributedType
 
 from trl_rdro.compat import engines
+from trl_rdro.losses.types import of_family
+from trl_rdro.trainers.normalisation import NAME
 
 from .matrix import CELLS, ENGINES, REFUSED, SPLIT_ENGINES, Cell, require_equal, runs, split_cells
 
@@ -63,6 +65,13 @@ def test_split_invariance(launches, engine, cell):
     (`wdpo_rms`: the root spans its ranks) only where that is the whole batch."""
     whole = Cell(cell.loss, micro_batch=8, steps=1)
     require_equal(launches.result(engine, cell), launches.result("single", whole), cell)
+
+
+@each(DISTRIBUTED, [cell for cell in CELLS if cell.loss in of_family("density_ratio")])
+def test_the_test_of_the_reference_spans_the_ranks(launches, engine, cell):
+    logs = zip(launches.result(engine, cell)["logs"], launches.result("single", cell)["logs"], strict=True)
+    for of_ranks, of_one in logs:
+        assert of_ranks[NAME] == pytest.approx(of_one[NAME], abs=1e-3 if cell.dtype == "fp32" else 0.3)
 
 
 @each(ENGINES, [cell for cell in CELLS if cell.loss == "wdpo"])

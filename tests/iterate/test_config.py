@@ -40,7 +40,7 @@ def config(**changes) -> IterateConfig:
         ({"temperature": 0}, "`temperature` must be a number in [1e-6, 1e6], got 0"),
         ({"top_p": 0}, "`top_p` must be a number in [1e-6, 1], got 0"),
         ({"entropy_floor": 1}, "`entropy_floor` must be a number in [0, 1)"),
-        ({"threshold_eta": 0.9}, "`threshold_eta=0.9` has no effect with `pair_selection='best_vs_worst'`"),
+        ({"threshold_eta": 0.9}, "`threshold_eta=0.9` has no effect with `pair_selection=None`"),
         ({"threshold_tau": 2.0, "pair_selection": "rejection"}, "Leave it at 1.0 or use `pair_selection='threshold'`"),
         ({"rejection_beta": 1.0, "pair_selection": "random"}, "`rejection_beta=1.0` has no effect"),
         (
@@ -129,11 +129,14 @@ def test_vllm_refuses_a_rank_before_anything_is_loaded(tmp_path, monkeypatch):
         parse(argv)
 
 
-def test_defaults_have_a_margin_with_a_bounded_judge_only(tmp_path):
+def test_defaults_have_a_margin_and_sigmoid_with_a_bounded_judge_only(tmp_path):
     from trl_rdro.cli.iterate import make_parser
 
     argv = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--reward_funcs", VOWELS]
     loop, _, args, _ = make_parser("dpo").parse_args_and_config(argv)
+    assert args.loss_type == ["cdpo"] and 0.05 < loop.guaranteed_margin(args) < 0.1
+    loop, _, args, _ = make_parser("dpo", loss_is_given=True).parse_args_and_config(argv)
+    assert args.loss_type == ["sigmoid"] and args.label_smoothing == 0
     assert loop.guaranteed_margin(args) is None  # a judge that can be certain
     loop.judge_bound = 0.6
     assert loop.guaranteed_margin(args) > 0.1

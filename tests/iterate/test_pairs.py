@@ -14,13 +14,6 @@ from trl_rdro.iterate.judges import (
 from trl_rdro.iterate.pairs import accepted, judge_prompts, select_pairs
 
 
-VOWELS = "tests.iterate.worker.vowels"
-
-
-def config(**changes) -> IterateConfig:
-    return IterateConfig(**{"reward_funcs": [VOWELS], **changes})
-
-
 def count_ones(prompts, completions, **kwargs):
     return [float(text.count("1")) for text in completions]
 
@@ -29,9 +22,12 @@ ONES = RewardFunctions([count_ones], None)
 FOUR = ["10", "111", "", "1"]  # rewards 1, 3, 0, 1
 
 
-def pairs_of(texts: list[str], judge=ONES, **changes) -> list[tuple[int, int]]:
+def pairs_of(
+    texts: list[str], judge=ONES, pair_selection="best_vs_worst", seed="0", toss_ties=False, **changes
+) -> list[tuple[int, int]]:
     (verdict,) = judge_prompts(judge, [{"prompt": "p"}], [texts])
-    return select_pairs(verdict, config(**changes), judge.gives_rewards, seed="0")
+    config = IterateConfig(reward_funcs=["set.below"], pair_selection=pair_selection, **changes)
+    return select_pairs(verdict, pair_selection, config, judge.gives_rewards, seed, toss_ties)
 
 
 def test_best_versus_worst():
@@ -141,3 +137,27 @@ def test_random_pairs_are_won_with_the_judges_probability():
     assert len(found) == pytest.approx(2000, abs=5 * math.sqrt(1000))
     share = sum(better % 2 == 0 for better, _ in found) / len(found)
     assert share == pytest.approx(0.8, abs=5 * math.sqrt(0.16 / len(found)))
+
+
+@pytest.mark.parametrize("pair_selection", ["random", "best_vs_worst"])
+def test_a_coin_decides_ties(pair_selection):
+    """Pass or fail in pairs of two: every completion is used once, the better one wins, and equal ones by halves. The
+    same seed tosses the same coins."""
+    texts, won = ["1", "", "", "1"], []
+    for i, j in ((0, 1), (1, 0), (1, 2), (0, 3)):
+        wins = 0
+        for seed in range(1000):
+            (pair,) = pairs_of([texts[i], texts[j]], ONES, pair_selection, seed=str(seed), toss_ties=True)
+            assert sorted(pair) == [0, 1]
+            wins += pair == (0, 1)
+        won.append(wins)
+    assert won[:2] == [1000, 0]
+    assert won[2:] == pytest.approx([500, 500], abs=5 * math.sqrt(250))
+    assert pairs_of(texts * 9, toss_ties=True, pair_selection=pair_selection) == pairs_of(
+        texts * 9, toss_ties=True, pair_selection=pair_selection
+    )
+
+
+def test_with_tossed_ties_both_sides_together_are_what_was_drawn():
+    found = pairs_of(["1", "", "", "", "1", "0"], pair_selection="random", toss_ties=True)
+    assert sorted(i for pair in found for i in pair) == list(range(6))

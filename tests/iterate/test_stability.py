@@ -29,7 +29,7 @@ def population_minimum(loss, preferences: np.ndarray, mu: np.ndarray) -> np.ndar
     return (z - z.mean()).detach().numpy()
 
 
-@pytest.mark.parametrize(("name", "smoothing"), [("ipo", 0.0), ("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.05)])
+@pytest.mark.parametrize(("name", "smoothing"), [("ipo", 0.0), ("sigmoid", 0.0), ("cdpo", 0.2), ("robust", 0.05)])
 def test_loss_strength_bounds_what_a_change_of_sampling_moves(name, smoothing, tmp_path):
     """log pi_{t+1} - log pi_ref of two sampling distributions differs by at most b ||P - 1/2|| ||mu - mu'|| (ipo: is
     b P mu), with judges up to the bound, where the slope at indifference, 4 / beta, does not bound it."""
@@ -56,7 +56,7 @@ def test_loss_strength_bounds_what_a_change_of_sampling_moves(name, smoothing, t
     # Two answers: z_1 - z_2 is the logit of the aimed-at probability over beta, whatever mu
     gap = np.ptp(population_minimum(loss, np.array([[0.5, bound], [1 - bound, 0.5]]), np.full(2, 0.5)))
     assert gap == pytest.approx(b * (bound - 0.5), rel=1e-4)
-    assert gap > 4 * (1 - 2 * smoothing if name == "sigmoid" else 1) / beta * (bound - 0.5)
+    assert gap > 4 * (1 - 2 * smoothing if name == "cdpo" else 1) / beta * (bound - 0.5)
 
 
 def test_loss_strength_of_other_losses(tmp_path):
@@ -71,7 +71,8 @@ def test_loss_strength_of_other_losses(tmp_path):
     assert strength(loss_type="wdpo", inner_loss_type="ipo") == 20
     # A judge that can be certain: no bound, unless labels are smoothed
     assert strength(loss_type="sigmoid") is strength(loss_type="sigmoid_norm") is strength(loss_type="kldpo") is None
-    assert strength(loss_type="sigmoid", label_smoothing=0.1) == pytest.approx(math.log(9) / 0.5 / 0.5)
+    for smoothed in ({"loss_type": "cdpo"}, {"loss_type": "kldpo"}, {"loss_type": "wdpo", "inner_loss_type": "cdpo"}):
+        assert strength(label_smoothing=0.1, **smoothed) == pytest.approx(math.log(9) / 0.5 / 0.5)
     assert strength(0.9, loss_type="robust", label_smoothing=0.1) is None
     assert strength(0.9, loss_type="hinge") is None and strength(0.9, loss_type=["sigmoid", "sft"]) is None
 

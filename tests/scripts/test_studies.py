@@ -16,7 +16,10 @@ from ..tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "studies"
-NAMES = ["consistency", "stability", "reward_shift", "people_shift", "comparison", "displacement"]
+NAMES = [
+    *("consistency", "stability", "reward_shift", "people_shift", "comparison", "displacement"),
+    *("prompt_shares", "reference_length"),
+]
 
 
 def run(name, folder, *options):
@@ -55,6 +58,36 @@ def test_stability_rdro_stays_finite_and_moves_towards_p_plus(tmp_path):
     assert rows["rdro"]["diverged"] == 0 and rows["rdro"]["kl"] < rows["rdro"]["kl_before"] / 5
     assert rows["ddro, cap 0.99"]["capped_chosen"] > 0.1  # the ratio p+/pi_ref lies beyond the cap
     assert "capped_chosen" not in rows["rdro"]
+
+
+@pytest.mark.slow
+def test_one_alpha_for_prompts_of_unequal_shares_is_worse_than_the_reference_and_their_own_are_not(tmp_path):
+    """A tiny Qwen2 through `KTOTrainer`; with one alpha the mass on the hard prompt's answers is alpha(x) / alpha."""
+    rows = {row["method"]: row for row in run("prompt_shares", tmp_path)}
+    one = rows["rdro, one alpha"]
+    assert one["kl"] > 1.3 * one["kl_reference"]
+    assert one["mass_0.12"] == pytest.approx(0.12 / one["alpha"], abs=0.04) and one["mass_0.4"] > 0.99
+    for method in ("rdro, alpha(x)", "ddro, t(x)"):
+        assert rows[method]["kl"] < 0.01
+        for share in (0.12, 0.4, 0.8):
+            assert rows[method][f"mass_{share}"] > 0.99
+            assert rows[method][f"kl_{share}"] < rows[method][f"kl_reference_{share}"]
+
+
+@pytest.mark.slow
+def test_rdro_goes_to_p_plus_at_any_length_with_the_mixture_and_stops_without(tmp_path):
+    rows = {(row["reference"], row["method"], row["length"]): row for row in run("reference_length", tmp_path)}
+    for length in (20, 500):
+        exact = rows["exact mixture", "rdro", length]
+        assert exact["share"] > 0.8
+        assert abs(exact["log_normalisation"]) < max(0.03, 3 * exact["log_normalisation_error"])
+    assert rows["SFT on both", "rdro", 500]["share"] < 0.5 < rows["SFT on both", "rdro", 20]["share"]
+    assert max(rows["base", "rdro", length]["share"] for length in (20, 500)) < 0.3
+    # ddro at t = 1/2 becomes SFT on the chosen, which the live test sees at once
+    assert rows["SFT on both", "ddro", 500]["share"] == pytest.approx(
+        rows["SFT on both", "sft", 500]["share"], abs=0.05
+    )
+    assert min(rows[reference, "ddro", 500]["log_normalisation"] for reference in ("SFT on both", "base")) > 1
 
 
 @pytest.mark.slow

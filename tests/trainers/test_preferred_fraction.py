@@ -89,6 +89,11 @@ def test_a_streamed_evaluation_set_is_weighted_by_its_own_fraction(tmp_path, los
     assert found == pytest.approx([found[0]] * 4, rel=1e-6)
 
 
+def test_a_counted_fraction_above_ddros_cap_is_refused(tmp_path, qwen2):
+    with pytest.raises(ValueError, match="`ddro_cap` must be greater than t=0.75"):
+        KTOTrainer(qwen2, args=kto_config(tmp_path, "ddro", ddro_cap=0.6), train_dataset=labelled(6, 2))
+
+
 def test_a_set_preferred_fraction_is_compared_with_the_count(tmp_path, qwen2, caplog):
     with caplog.at_level(logging.INFO):
         trainer = KTOTrainer(qwen2, args=kto_config(tmp_path, preferred_fraction=0.4), train_dataset=labelled(2, 6))

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, user_error
-from ..iterate import dynamics
+from ..iterate import dpo_dynamics, dynamics
 from ..tools.yaml_files import read_text
+from .dynamics_reports import dpo_report, ipo_report, one_shot_report
 from .parsing import Parser, require_between, require_directory_of, require_png
 
 
 GRID = 100  # points along each axis of the diagram
 MOST_ROUNDS = 100_000  # a few seconds
+MOST_DPO_ROUNDS = 1000  # each fits a Bradley-Terry model
 MOST_NUMBERS = 10**7  # rounds times answers
 LARGEST = 1e6  # b and b lam: beyond it a round's logits are noise
 
@@ -30,7 +32,8 @@ def make_parser() -> Parser:
         prog="trl-rdro dynamics",
         description="Iterate pi_{t+1} = softmax(a log pi_t + (1-a) log pi_0 + b P mu_t), mu_t = lam pi_t + (1-lam) "
         "pi_0, on given preferences P: rounds of sampling, judging and training with IPO, seen as a whole. Prints "
-        "whether the loop settles, oscillates or collapses to one answer, its fixed point, and its stability margin.",
+        "whether the loop settles, oscillates or collapses to one answer, its fixed point, and its stability margin. "
+        "With --loss dpo the rounds are those of population DPO, and what one of them keeps of P's order is printed.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -47,7 +50,19 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--a", type=float, required=True, help="how far the reference follows the policy: 0 never, 1 all"
     )
-    parser.add_argument("--b", type=float, required=True, help="the step: 1/tau of IPO")
+    parser.add_argument("--loss", choices=["ipo", "dpo"], default="ipo", help="what a round trains (default: ipo)")
+    parser.add_argument("--b", type=float, help="the step of ipo: 1/tau")
+    parser.add_argument("--beta", type=float, help="beta of dpo")
+    parser.add_argument(
+        "--label_smoothing", type=float, metavar="E", help="of dpo (then `cdpo`), below 0.5: judges by (1-2E) P + E"
+    )
+    parser.add_argument(
+        "--sampling",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="weights of the answers in the pairs of one round: whether it keeps P's order (dpo: default pi_0)",
+    )
     parser.add_argument(
         "--lam", type=float, default=1.0, help="share of the answers drawn from the policy (default: 1)"
     )
@@ -94,6 +109,9 @@ def preferences(args: argparse.Namespace) -> np.ndarray:
 def check(args: argparse.Namespace) -> None:
     for name, most in (("a", 1), ("b", LARGEST), ("lam", 1)):
         require_between(f"--{name}", getattr(args, name), 0, most)
+    require_between("--beta", args.beta, 1 / LARGEST, LARGEST)
+    require_between("--label_smoothing", args.label_smoothing, 0, 0.499)
+    check_loss(args)
     require_between("--rounds", args.rounds, 1, MOST_ROUNDS)
     require_between("--entropy_floor", args.entropy_floor, 0)
     require_between("--plot_max", args.plot_max, 0, LARGEST)
@@ -102,46 +120,44 @@ def check(args: argparse.Namespace) -> None:
     if args.plot is None:
         return
     require_png("--plot", args.plot)
+    if args.loss == "dpo":
+        raise UserError("--plot draws the regimes of --loss ipo: leave it out")
     if args.lam == 0:
         raise UserError("with --lam 0 the diagram over a and b lam has no height: leave --plot out, or raise --lam")
     if args.plot_max == 0 or (args.plot_max is None and args.b == 0):
         raise UserError("the diagram needs a --plot_max above 0")
 
 
-def reference_policy(weights: list[float] | None, answers: int) -> np.ndarray:
+def check_loss(args: argparse.Namespace) -> None:
+    """Refuse a loss without its step, with that of the other, or with more rounds than it can be solved for."""
+    needed, strange = {"ipo": ("b", ("beta", "label_smoothing")), "dpo": ("beta", ("b",))}[args.loss]
+    if getattr(args, needed) is None:
+        raise UserError(f"--loss {args.loss} needs --{needed}")
+    for name in strange:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} is no option of --loss {args.loss}: leave it out")
+    if args.loss == "dpo" and args.rounds > MOST_DPO_ROUNDS:
+        raise UserError(f"--rounds must be at most {MOST_DPO_ROUNDS} with --loss dpo, got {args.rounds}")
+
+
+def shares_of(option: str, weights: list[float] | None, answers: int) -> np.ndarray:
+    """The weights of --reference or --sampling as a distribution; uniform where there are none."""
     if weights is None:
         return np.full(answers, 1 / answers)
     if len(weights) != answers:
-        raise UserError(f"--reference has {len(weights)} weights for {answers} answers")
+        raise UserError(f"{option} has {len(weights)} weights for {answers} answers")
     if not all(0 < weight < math.inf for weight in weights):
-        raise UserError("--reference needs weights above 0: an answer that pi_0 never gives is never found")
+        raise UserError(f"{option} needs weights above 0: an answer that is never given is never found")
     shares = np.array(weights) / max(weights)
     return shares / shares.sum()
 
 
-def report(result: dict[str, Any]) -> str:
-    rate, rounds = result["rate"], len(result["policies"]) - 1
-    answers = len(result["fixed_point"])
-    margin = "converges from anywhere" if result["margin"] > 0 else "no promise from far away"
-    turn = (
-        "each round brings it closer" if rate < 1 else "each round drives it away" if rate > 1 else "no pull to pi_0"
-    )
-    after, left = result["settled_after"], result["entropies"][-1]
-    lines = {
-        "regime": result["regime"],
-        "margin": f"{result['margin']:.4f}: 1 - (a + (b lam / 2) ||P - 1/2||), {margin}",
-        "rate": f"{rate:.4f}: the factor per round of a small distance from the fixed point, {turn}",
-        "fixed point": " ".join(f"{p:.4f}" for p in result["fixed_point"]),
-        "entropy": f"{result['entropy']:.4f} nats there, of {np.log(answers):.4f}; a collapse is below "
-        f"{result['entropy_floor']:.4f}",
-        "simulated": "from half pi_0, half the first answer: "
-        + (
-            f"within {dynamics.CLOSE} of it for good after {after} rounds"
-            if after is not None
-            else f"not within {dynamics.CLOSE} of it after {rounds} rounds; entropy then {left:.4f} nats"
-        ),
-    }
-    return "\n".join(f"{name:13}{text}" for name, text in lines.items())
+def round_of(args: argparse.Namespace, P: np.ndarray) -> dpo_dynamics.Rewards:
+    """The log-ratios that one round of the loss trains, of what is sampled."""
+    if args.loss == "ipo":
+        return lambda mu: args.b * P @ mu
+    judge = dpo_dynamics.smoothed(P, args.label_smoothing or 0.0)
+    return lambda mu: dpo_dynamics.dpo_rewards(judge, mu, args.beta)
 
 
 def main(argv: list[str]) -> int:
@@ -150,10 +166,19 @@ def main(argv: list[str]) -> int:
     P = preferences(args)
     if args.rounds * len(P) > MOST_NUMBERS:
         raise UserError(f"{args.rounds} rounds of {len(P)} answers are too many to keep: lower --rounds")
-    reference = reference_policy(args.reference, len(P))
-    with user_error(ArithmeticError):
-        result = dynamics.study(P, args.a, args.b, args.lam, reference, args.rounds, args.entropy_floor)
-    print(report(result))
+    reference = shares_of("--reference", args.reference, len(P))
+    if args.loss == "dpo":
+        settings = (args.a, args.beta, args.lam, reference, args.rounds, args.entropy_floor)
+        result = dpo_dynamics.dpo_study(P, *settings, label_smoothing=args.label_smoothing or 0.0)
+        print(dpo_report(result))
+    else:
+        with user_error(ArithmeticError):
+            result = dynamics.study(P, args.a, args.b, args.lam, reference, args.rounds, args.entropy_floor)
+        print(ipo_report(result))
+    if args.loss == "dpo" or args.sampling is not None:
+        sampling = reference if args.sampling is None else shares_of("--sampling", args.sampling, len(P))
+        result["one_shot"] = dpo_dynamics.one_shot(P, sampling, round_of(args, P))
+        print(one_shot_report(result["one_shot"]))
     if args.output is not None:
         with user_error(OSError):
             Path(args.output).write_text(json.dumps(result, indent=1) + "\n")

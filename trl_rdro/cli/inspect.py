@@ -6,7 +6,9 @@ Loads the tokenizer and the data of a recipe, no weights, and lets TRL prepare t
 """
 
 import argparse
+import importlib.util
 import itertools
+import random
 import sys
 from typing import Any
 
@@ -20,12 +22,14 @@ STREAMED_ROWS = 1000
 def make_parser() -> Parser:
     parser = Parser(
         prog="trl-rdro inspect",
-        usage="%(prog)s [dpo|kto] --config FILE [--row N] [--limit N] [--split NAME] [--color] [--OPTION VALUE ...]",
+        usage="%(prog)s [dpo|kto] --config FILE [--row N] [--limit N] [--split NAME] [--color] [--reference] "
+        "[--OPTION VALUE ...]",
         description="Print one row of a recipe's training data as the model will see it, with prompt and completion "
         "masks coloured and special tokens visible, then counts, lengths in tokens, truncation, warnings (BOS twice, "
         "chat template twice, no EOS, empty or equal completions), and how much is padding. Loads the tokenizer and "
-        "the data only. Options of the training command are taken too and override the file's. Without dpo or kto, "
-        "the options and the data decide which it is.",
+        "the data only, unless --reference asks how far the model is from the mixture of the data that ddro and rdro "
+        "assume. Options of the training command are taken too and override the file's. Without dpo or kto, the "
+        "options and the data decide which it is.",
     )
     parser.add_argument("--config", metavar="FILE", help="the recipe")
     parser.add_argument("--row", type=int, default=0, metavar="N", help="the row to print, of those kept (default: 0)")
@@ -33,6 +37,11 @@ def make_parser() -> Parser:
         "--limit", type=int, metavar="N", help=f"prepare the first N rows only (streaming: default {STREAMED_ROWS})"
     )
     parser.add_argument("--split", metavar="NAME", help="the split to look at (default: the training split)")
+    parser.add_argument(
+        "--reference",
+        action="store_true",
+        help="instead, load the model and measure how much of the completions of both classes it has still to learn",
+    )
     parser.add_argument("--color", action="store_true", help="colours even where the output is not a terminal")
     return parser
 
@@ -130,6 +139,8 @@ def main(argv: list[str]) -> int:
     example = dataset[0]
     require_text(example, "inspect")
 
+    if options.reference:
+        return inspect_reference(script_args, args, model_args, dataset, options.limit)
     name = model_args.model_name_or_path
     processing_class = load_processing_class(name, model_args.model_revision, args.trust_remote_code)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -155,6 +166,24 @@ def main(argv: list[str]) -> int:
     inspection = inspect_rows(method, prepared, rows_before, args, tokenizer, read)
     print("\n".join(report_lines(inspection, paint)))
     print("\n".join(padding_lines(inspection, args)))
+    return 0
+
+
+def inspect_reference(script_args: Any, args: Any, model_args: Any, dataset: Any, limit: int | None) -> int:
+    """Print how far the model is from the mixture of the data, and what to do about it."""
+    from ..tools import reference_distance
+    from ..tools.scoring import load_policy, prepare
+
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("--reference needs PEFT: pip install 'trl-rdro[peft]'")
+    if limit is None:
+        rows = random.Random(0).sample(range(len(dataset)), min(len(dataset), reference_distance.ROWS))
+        dataset = dataset.select(rows)
+    policy = load_policy(model_args.model_name_or_path, None, args.trust_remote_code)
+    with user_error(Exception, prefix="TRL cannot prepare these rows: "):
+        prepared = prepare(dataset, policy.tokenizer, args.max_length)
+    distance = reference_distance.measure(policy, prepared)
+    print("\n".join(reference_distance.report_lines(distance, script_args.dataset_name or "the data")))
     return 0
 
 

@@ -29,7 +29,7 @@ from ..run.signals import say_when_stopped
 from ..tools.loading import load_splits, require_split
 from .errors import report_user_errors
 from .launch import launch_module, without
-from .option_table import find_method, require_model_name
+from .option_table import find_method, find_option, require_model_name
 from .train import find_model, make_output_dir
 from .training_options import (
     TrainingParser,
@@ -41,10 +41,13 @@ from .training_options import (
 LOOP_MODULE = "trl_rdro.cli.iterate"
 # With TRL's 0.1 a logistic loss moves the policy ten times as far, beyond what the loop's defaults keep stable
 DEFAULT_BETA = 1.0
+# And with a judge that is certain TRL's `sigmoid` has no bound at all: one round may end in a single answer
+DEFAULT_LOSS = "cdpo"
+DEFAULT_LABEL_SMOOTHING = 0.1
 GO_ON = "the same command goes on where this one was"
 
 
-def make_parser(method: str) -> TrainingParser:
+def make_parser(method: str, loss_is_given: bool = False) -> TrainingParser:
     parser = TrainingParser(
         (IterateConfig, ScriptArguments, getattr(trl_rdro, f"{method.upper()}Config"), ModelConfig),
         prog="trl-rdro iterate",
@@ -52,9 +55,12 @@ def make_parser(method: str) -> TrainingParser:
         description="Rounds of sampling, judging and training, with a reference and a sampling distribution that move "
         "by set shares, and a stability report for each round. FILE is a YAML file of any of these options, which the "
         "command line overrides. The training options are those of `trl-rdro dpo`, or with `method: kto` those of "
-        f"`trl-rdro kto`; `beta` is {DEFAULT_BETA} unless set.",
+        f"`trl-rdro kto`; `beta` is {DEFAULT_BETA} unless set, and for pairs the loss `{DEFAULT_LOSS}` with "
+        f"`label_smoothing` {DEFAULT_LABEL_SMOOTHING}.",
     )
     parser.set_defaults(beta=DEFAULT_BETA)
+    if method == "dpo" and not loss_is_given:
+        parser.set_defaults(loss_type=[DEFAULT_LOSS], label_smoothing=DEFAULT_LABEL_SMOOTHING)
     return parser
 
 
@@ -67,7 +73,7 @@ def parse(argv: list[str]) -> tuple[tuple, Judge, list[str], list[str]]:
         command line.
     """
     (config, script_args, args, model_args), launch_flags, from_command_line = parse_strictly(
-        make_parser(find_method(argv)), argv
+        make_parser(find_method(argv), find_option(argv, "loss_type") is not None), argv
     )
     require_model_name(model_args.model_name_or_path)
     if script_args.dataset_name is None:
@@ -115,8 +121,14 @@ def run(argv: list[str] | None = None) -> int:
 
         with user_error(ValueError):
             loop = Loop(config, args, model_args, judge, rows, monitor_rows)
-        result = loop.run()
-    if args.process_index == 0:
+        sampled = loop.sample() if config.sample_only else None
+        result = None if config.sample_only else loop.run()
+    if args.process_index == 0 and sampled is not None:
+        print(
+            f"Completions judged, pairs in {sampled}. Train on them with: trl-rdro {config.method} --dataset_name "
+            f"{sampled.parent} --precompute_ref_log_probs true --model_name_or_path {model_args.model_name_or_path}"
+        )
+    elif args.process_index == 0 and result is not None:
         stopped = "stopped at the entropy floor, " if result["stopped"] else ""
         print(f"Loop completed: {stopped}model of round {result['final_round'] + 1} in {args.output_dir}/final")
     return 0

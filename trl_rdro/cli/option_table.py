@@ -39,14 +39,18 @@ def installed_versions() -> dict[str, str]:
         return {}
 
 
-def find_method(argv: list[str]) -> str:
-    """`dpo` or `kto`, which decides what options `iterate` has: from the command line, else from its YAML file."""
+def find_option(argv: list[str], name: str) -> Any:
+    """An option that decides over others: from the command line, else from its YAML file, else None."""
     file, argv = take_config(argv)
     parser = Parser(add_help=False)
-    parser.add_argument("--method", nargs="?")
-    method = parser.parse_known_args(argv)[0].method
-    if method is None and file is not None:
-        method = read_yaml(file).get("method")
+    parser.add_argument(f"--{name}", nargs="?")
+    value = getattr(parser.parse_known_args(argv)[0], name)
+    return read_yaml(file).get(name) if value is None and file is not None else value
+
+
+def find_method(argv: list[str]) -> str:
+    """`dpo` or `kto`, which decides what options `iterate` has."""
+    method = find_option(argv, "method")
     return method if method in METHODS else METHODS[0]
 
 

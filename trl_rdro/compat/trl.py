@@ -345,8 +345,19 @@ def padding_free_is_ours():
 
 def mean_over_ranks(trainer: TrlTrainer, scalars: dict[str, torch.Tensor]) -> dict[str, float]:
     """The mean of each scalar over the ranks, in one gather and one synchronisation."""
-    values = torch.stack([value.detach().float() for value in scalars.values()]).unsqueeze(0)
-    return dict(zip(scalars, trainer.accelerator.gather(values).mean(dim=0).tolist(), strict=True))
+    return means_and_more(trainer, scalars, None)[0]
+
+
+def means_and_more(
+    trainer: TrlTrainer, scalars: dict[str, torch.Tensor], more: torch.Tensor | None
+) -> tuple[dict[str, float], torch.Tensor]:
+    """`mean_over_ranks`, and `(k,)` further values as each rank has them, `(ranks, k)`, in the same gather."""
+    values = torch.stack([value.detach().float() for value in scalars.values()])
+    if more is not None:
+        values = torch.cat([values, more.detach().float()])
+    gathered = trainer.accelerator.gather(values.unsqueeze(0)).cpu()
+    of_ranks, rest = gathered[:, : len(scalars)], gathered[:, len(scalars) :]
+    return dict(zip(scalars, of_ranks.mean(dim=0).tolist(), strict=True)), rest
 
 
 def log_metrics(trainer: TrlTrainer, metrics: dict[str, float]) -> None:

@@ -61,9 +61,9 @@ def require_cap_above_start(t: float, cap: float) -> None:
         )
 
 
-def require_cap_above_start_of(args: Any, preferred_fraction: float | None) -> None:
+def require_cap_above_start_of(args: Any, loss_type: str, preferred_fraction: float | None) -> None:
     """`require_cap_above_start` of a `KTOConfig`, once the preferred fraction is known, which is t unless that is
     set."""
     t = preferred_fraction if args.ddro_t is None else args.ddro_t
-    if args.loss_type == "ddro" and t is not None:
+    if loss_type == "ddro" and t is not None:
         require_cap_above_start(t, args.ddro_cap)

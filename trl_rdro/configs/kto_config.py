@@ -33,6 +33,9 @@ class KTOConfig(DensityRatioConfig, PackingConfig, RunConfig, trl.KTOConfig):
             Share of the training completions whose label is True, in (0, 1). It sets the class weights of `ddro` and
             `rdro` and, unless given, `ddro_t` and `rdro_alpha`. If `None`, counted on the prepared training set;
             needed for a streaming one, which cannot be counted.
+        count_fraction_by_prompt (`bool`, defaults to `False`):
+            Use, in place of one preferred fraction, that of each prompt, counted where a prompt has four labelled
+            completions or more. A column `preferred_fraction` of the data gives it for all prompts.
         train_sampling_strategy (`str`, *optional*):
             If `None`, `"random"` for `ddro` and `rdro`, and TRL's default `"sequential"`, which its estimate of the KL
             divergence needs, for the other losses.
@@ -53,6 +56,13 @@ class KTOConfig(DensityRatioConfig, PackingConfig, RunConfig, trl.KTOConfig):
         metadata={
             "help": "Share of the training completions whose label is True, in (0, 1), for `ddro` and `rdro`. If "
             "`None`, counted on the prepared training set; needed for a streaming one."
+        },
+    )
+    count_fraction_by_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Use, in place of one preferred fraction, that of each prompt, counted where a prompt has four "
+            "labelled completions or more, for `ddro` and `rdro`."
         },
     )
     train_sampling_strategy: str | None = field(  # type: ignore[assignment]  # None until the loss is known
@@ -77,6 +87,12 @@ class KTOConfig(DensityRatioConfig, PackingConfig, RunConfig, trl.KTOConfig):
                 "`desirable_weight` and `undesirable_weight` must not both be 0, got 0 and 0: nothing would be "
                 "trained. The default of both is 1."
             )
+        for name in ("rdro_alpha", "ddro_t"):
+            if self.count_fraction_by_prompt and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` is one share for all prompts, and "
+                    "`count_fraction_by_prompt=True` counts one for each. Leave one of them out."
+                )
         t = self.preferred_fraction if self.ddro_t is None else self.ddro_t
         if self.loss_type == "ddro" and t is not None:
             require_cap_above_start(t, self.ddro_cap)

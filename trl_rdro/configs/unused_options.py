@@ -10,7 +10,11 @@ from ..losses.types import LOSS_TYPES, of_family
 logger = get_logger(__name__)
 
 # Options of a whole family; those of a loss begin with its name
-FAMILY_OPTIONS = {"inner_loss_type": "robust", "preferred_fraction": "density_ratio"}
+FAMILY_OPTIONS = {
+    "inner_loss_type": "robust",
+    "preferred_fraction": "density_ratio",
+    "count_fraction_by_prompt": "density_ratio",
+}
 
 
 def readers_of(option: str) -> tuple[str, ...]:

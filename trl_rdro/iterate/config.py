@@ -5,10 +5,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..configs.validation import Range, validate_fields
+from ..log import get_logger
 from .margins import largest_norm, stability_margin
 from .references import needs_distribution
 from .stability import loss_strength
 
+
+logger = get_logger(__name__)
 
 METHODS = ("dpo", "kto")
 # The ways to choose pairs, with the options of each
@@ -57,9 +60,10 @@ class IterateConfig:
         samples_per_prompt (`int`, defaults to `4`): completions for each prompt and round.
         prompts_per_round (`int`, *optional*): a round takes so many prompts, the next round the next ones. If `None`,
             all.
-        pair_selection (`str`, defaults to `"best_vs_worst"`): also `"random"` (disjoint random pairs), `"rejection"`
-            (such pairs of those completions that rejection sampling leaves, as in RSO) or `"threshold"` (every pair
-            of clearly different rewards, as in RS-DPO).
+        pair_selection (`str`, *optional*): `"best_vs_worst"`, `"random"` (disjoint random pairs), `"rejection"` (such
+            pairs of those completions that rejection sampling leaves, as in RSO) or `"threshold"` (every pair of
+            clearly different rewards, as in RS-DPO). If `None`, `"random"` for losses of single log-ratios, whose
+            reference must be the mixture of the pairs, and `"best_vs_worst"` for others.
         rejection_accepted (`int`, defaults to `2`): completions that are left of the `samples_per_prompt` candidates.
         rejection_beta (`float`, defaults to `0.5`): a candidate is accepted with probability exp((r - r_max)/beta).
         threshold_eta (`float`, defaults to `0.8`): a pair is taken where sigma((r_i - r_j)/tau) >= eta.
@@ -84,6 +88,8 @@ class IterateConfig:
         monitor_samples (`int`, defaults to `4`): completions for each of them.
         entropy_floor (`float`, defaults to `0.1`): stop when the policy's entropy falls below this share of that of
             pi_0. 0 never stops.
+        sample_only (`bool`, defaults to `False`): stop when the first round's completions are drawn, judged and
+            written with their reference log-probabilities to `output_dir/data/train.jsonl`.
         keep_rounds (`int`, *optional*): keep the data and the models of so many last rounds, and of the best one. If
             `None`, all. Reports are always kept.
     """
@@ -107,10 +113,10 @@ class IterateConfig:
     prompts_per_round: int | None = field(
         default=None, metadata=_help("A round takes so many prompts, the next round the next ones. If `None`, all.")
     )
-    pair_selection: str = field(
-        default="best_vs_worst",
+    pair_selection: str | None = field(
+        default=None,
         metadata={
-            **_help("`best_vs_worst`, `random`, `rejection` (RSO) or `threshold` (RS-DPO)."),
+            **_help("`best_vs_worst`, `random`, `rejection` (RSO) or `threshold` (RS-DPO). If `None`, by the loss."),
             "choices": list(SELECTIONS),
         },
     )
@@ -162,6 +168,9 @@ class IterateConfig:
     monitor_samples: int = field(default=4, metadata=_help("Completions for each of them, at least 2."))
     entropy_floor: float = field(
         default=0.1, metadata=_help("Stop below this share of the entropy of pi_0. 0 never stops.")
+    )
+    sample_only: bool = field(
+        default=False, metadata=_help("Stop at the first round's judged data, `output_dir/data/train.jsonl`.")
     )
     keep_rounds: int | None = field(
         default=None,
@@ -217,6 +226,10 @@ class IterateConfig:
     def a(self) -> float:
         return DEFAULT_REFERENCE_MIX if self.reference_mix is None else self.reference_mix
 
+    def selection(self, args: Any) -> str:
+        """Which pairs of a prompt's completions are trained on."""
+        return self.pair_selection or ("random" if needs_distribution(args) else "best_vs_worst")
+
     def validate_with(self, args: Any) -> None:
         """Refuse training options that do not go with the loop, before anything is loaded."""
         if args.loss_type == "kto":
@@ -270,6 +283,14 @@ class IterateConfig:
             raise ValueError(
                 f"`{'`, `'.join(changed)}` cannot be combined with {loss}, whose reference must be the distribution "
                 "that was sampled from. Leave temperature, top_p and top_k at 1, 1 and 0."
+            )
+
+        is_best_of_two = self.selection(args) == "best_vs_worst" and self.samples_per_prompt == 2
+        if self.selection(args) != "random" and not is_best_of_two:
+            logger.warning(
+                f"The pairs of `pair_selection={self.pair_selection!r}` are no sample of what was drawn, and {loss} "
+                "takes what was drawn from for their mixture: the round does not go to the distribution of preferred "
+                "completions. Leave `pair_selection` at None for `random`."
             )
 
     def _sampling(self) -> tuple[tuple[str, float, float], ...]:

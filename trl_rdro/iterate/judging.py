@@ -20,9 +20,10 @@ def judge_round(
     """Judge the samples in `folder`, choose the pairs and write them to `train.jsonl` with their reference."""
     samples = read_rows(folder / "samples.jsonl")
     judged = _judged(judge, config.prompts_per_chunk, folder, samples, prompts)
-    rows = []
+    rows, toss_ties = [], needs_distribution(args)
     for i, (sample, prompt, verdict) in enumerate(zip(samples, prompts, judged, strict=True)):
-        pairs = select_pairs(verdict, config, judge.gives_rewards, f"{args.seed}/{number}/{i}/pairs")
+        seed = f"{args.seed}/{number}/{i}/pairs"
+        pairs = select_pairs(verdict, config.selection(args), config, judge.gives_rewards, seed, toss_ties)
         rows += [row for pair in pairs for row in _rows_of_pair(config, args, prompt, sample, pair)]
     if not rows:
         raise UserError(

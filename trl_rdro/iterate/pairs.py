@@ -60,22 +60,31 @@ def _compare(judge: Judge, rows: Sequence[Row], results: list[Judged]) -> None:
         result.scores = [sum(line[j] for j in result.response) / len(result.response) for line in result.preferences]
 
 
-def select_pairs(judged: Judged, config: IterateConfig, gives_rewards: bool, seed: str) -> list[tuple[int, int]]:
-    """Pairs of indices into the prompt's completions, (better, worse). Equal texts and equal rewards make no pair."""
-    scores = [judged.scores[i] for i in judged.response]
-    if config.pair_selection == "best_vs_worst":
-        order = sorted(range(len(scores)), key=scores.__getitem__)
+def select_pairs(
+    judged: Judged, selection: str, config: IterateConfig, gives_rewards: bool, seed: str, toss_ties: bool = False
+) -> list[tuple[int, int]]:
+    """Pairs of indices into the prompt's completions, (better, worse).
+
+    Equal texts and equal rewards make no pair, or with `toss_ties` one whose winner a coin decides: without such pairs
+    the chosen and the rejected completions together are no sample of what was drawn.
+    """
+    scores, rng = [judged.scores[i] for i in judged.response], random.Random(seed)
+    if selection == "best_vs_worst":
+        order = list(range(len(scores)))
+        if toss_ties:
+            rng.shuffle(order)
+        order.sort(key=scores.__getitem__)
         best, worst = order[-1], order[0]
-        return [(best, worst)] if scores[best] > scores[worst] else []
-    if config.pair_selection == "threshold":
+        return [(best, worst)] if toss_ties or scores[best] > scores[worst] else []
+    if selection == "threshold":
         gap = config.threshold_tau * math.log(config.threshold_eta / (1 - config.threshold_eta))
         pairs = itertools.permutations(range(len(scores)), 2)
         return [(i, j) for i, j in pairs if scores[i] > scores[j] and scores[i] - scores[j] >= gap]
-    rng, order = random.Random(seed), list(range(len(scores)))
+    order = list(range(len(scores)))
     rng.shuffle(order)
-    if config.pair_selection == "rejection":
+    if selection == "rejection":
         order = accepted(order, scores, config.rejection_accepted, config.rejection_beta, rng)
-    return _random_pairs(judged, gives_rewards, order, rng)
+    return _random_pairs(judged, gives_rewards, order, rng, toss_ties)
 
 
 def accepted(
@@ -102,7 +111,7 @@ def accepted(
 
 
 def _random_pairs(
-    judged: Judged, gives_rewards: bool, order: Sequence[int], rng: random.Random
+    judged: Judged, gives_rewards: bool, order: Sequence[int], rng: random.Random, toss_ties: bool
 ) -> list[tuple[int, int]]:
     """Disjoint pairs; the winner is drawn with the judge's probability, as a judge of one mind at a time would say."""
     pairs = []
@@ -110,6 +119,6 @@ def _random_pairs(
         first, second = judged.response[i], judged.response[j]
         is_tie = first == second or (gives_rewards and judged.scores[first] == judged.scores[second])
         first_wins = rng.random() < judged.preferences[first][second]
-        if not is_tie:
+        if toss_ties or not is_tie:
             pairs.append((i, j) if first_wins else (j, i))
     return pairs

@@ -14,6 +14,7 @@ The loop: each round samples, judges, trains, saves and reports, in a directory 
         probe.json      log-probabilities of the completions in base.jsonl under the new policy
         report.json
       report.json, iterate.png
+      data/train.jsonl  with `sample_only` that of the first round, for `trl-rdro dpo` and `kto`
       final/            the last round's model, or the best one's if the run stopped itself
 
 Each is written beside its place and renamed when it is complete, and what is there is not made again: a run that was
@@ -26,7 +27,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..log import get_logger
-from ..run.files import Row, read_json, read_rows, write_json
+from ..run.files import Row, read_json, read_rows, write_json, write_rows
 from ..run.lock import only_run_in
 from ..tools.loading import load_processing_class
 from .config import IterateConfig
@@ -88,6 +89,25 @@ class Loop:
         """
         with only_run_in(self.root):
             return self._run()
+
+    def sample(self) -> Path:
+        """The first phases of the first round: completions of the model itself, judged, with their reference columns.
+        Returns the file of rows to train on.
+
+        Raises:
+            `UserError`: as `run`.
+        """
+        with only_run_in(self.root):
+            if self.state.is_main_process:
+                write_json(self.root / "settings.json", self.settings)
+            self._sample(0)
+            self._judge(0)
+            self.policies.close()
+            target = self.root / "data" / "train.jsonl"
+            if self.state.is_main_process:
+                write_rows(target, read_rows(self._folder(0) / "train.jsonl"))
+            self.state.wait_for_everyone()
+        return target
 
     def _run(self) -> Figures:
         margin = self.config.guaranteed_margin(self.args)

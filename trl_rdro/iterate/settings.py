@@ -18,7 +18,7 @@ from .prompts import Prompt
 logger = get_logger(__name__)
 
 # May differ from the run that is continued; the model is told apart by its content
-FREE_SETTINGS = {"rounds", "keep_rounds", "model_name_or_path", "vllm_gpu_memory_utilization"}
+FREE_SETTINGS = {"rounds", "keep_rounds", "sample_only", "model_name_or_path", "vllm_gpu_memory_utilization"}
 
 
 def check_settings(

@@ -28,11 +28,14 @@ def loss_strength(args: Any, tokens: float, judge_bound: float | None = None) ->
     losses = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     if len(losses) != 1:
         return None
-    loss = args.inner_loss_type if losses[0] in of_family("robust") else losses[0]
+    is_robust = losses[0] in of_family("robust")
+    loss = args.inner_loss_type if is_robust else losses[0]
     certain = 1.0 if judge_bound is None else judge_bound
     smoothing = getattr(args, "label_smoothing", 0.0)
     # The probability whose logit the loss aims at, when the judge's is `certain`
-    aims = {"sigmoid_norm": certain, "sigmoid": certain - smoothing * (2 * certain - 1)}
+    smoothed = certain - smoothing * (2 * certain - 1)
+    # TRL's own `sigmoid` has no smoothing
+    aims = {"sigmoid_norm": certain, "sigmoid": smoothed if is_robust else certain, "cdpo": smoothed}
     aims["robust"] = (certain - smoothing) / (1 - 2 * smoothing) if smoothing < 0.5 else math.inf
     lengths = tokens if loss in ("ipo", "sigmoid_norm") else 1
     if loss == "ipo":

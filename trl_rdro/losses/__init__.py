@@ -7,6 +7,7 @@ from .density_ratio import class_weights, ddro_beyond_cap, ddro_loss, rdro_loss
 from .displacement import chipo_loss, dpop_loss, minor_loss
 from .groups import grdpo_update, grdpo_weights
 from .noise import cdpo_loss, holder_loss, repo_loss, repo_posterior, repo_update, ropo_loss
+from .normalisation import log_normalisation, mixture_weights, normalisation_sums
 from .pairwise import hinge_loss, ipo_loss, sigmoid_loss
 from .references import mrpo_loss, mrpo_reference
 from .robust import kldpo_log_weights, kldpo_loss, kldpo_tau, wdpo_penalty
@@ -32,9 +33,12 @@ __all__ = [
     "kldpo_log_weights",
     "kldpo_loss",
     "kldpo_tau",
+    "log_normalisation",
     "minor_loss",
+    "mixture_weights",
     "mrpo_loss",
     "mrpo_reference",
+    "normalisation_sums",
     "rdro_loss",
     "repo_loss",
     "repo_posterior",

@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from .precision import as_float
 
 
-def rdro_loss(logratios: torch.Tensor, preferred: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:
+Share = float | torch.Tensor
+
+
+def rdro_loss(logratios: torch.Tensor, preferred: torch.Tensor, alpha: Share = 0.5) -> torch.Tensor:
     """Relative density ratio optimisation (https://huggingface.co/papers/2604.04410), one loss per completion.
 
         preferred       (1 + alpha) softplus(z) - z
@@ -27,7 +30,8 @@ def rdro_loss(logratios: torch.Tensor, preferred: torch.Tensor, alpha: float = 0
     Args:
         logratios (`torch.Tensor` of shape `(n,)`): z, in nats, summed over the completion's tokens.
         preferred (`torch.Tensor` of shape `(n,)`, bool): whether each completion is a preferred one.
-        alpha (`float`): preferred share of the reference, pi_ref = alpha p+ + (1 - alpha) p-, in (0, 1).
+        alpha (`float` or `torch.Tensor` of shape `(n,)`): preferred share of the reference, pi_ref = alpha p+ +
+            (1 - alpha) p-, in (0, 1); of all prompts, or of each completion's.
 
     Returns:
         `torch.Tensor` of shape `(n,)`: float32 (float64 for float64 input). To estimate the objective, average with
@@ -38,7 +42,7 @@ def rdro_loss(logratios: torch.Tensor, preferred: torch.Tensor, alpha: float = 0
     return torch.where(preferred, -F.logsigmoid(z) - alpha * F.logsigmoid(-z), -(1 - alpha) * F.logsigmoid(-z))
 
 
-def ddro_loss(logratios: torch.Tensor, preferred: torch.Tensor, t: float = 0.5, cap: float = 0.99) -> torch.Tensor:
+def ddro_loss(logratios: torch.Tensor, preferred: torch.Tensor, t: Share = 0.5, cap: float = 0.99) -> torch.Tensor:
     """Direct density ratio optimisation (https://huggingface.co/papers/2505.07558), one loss per completion.
 
         preferred       log( (1/r + 1 - 2t) / (1 - t) )          (t = 1/2: log 2 - z)
@@ -54,7 +58,8 @@ def ddro_loss(logratios: torch.Tensor, preferred: torch.Tensor, t: float = 0.5, 
     Args:
         logratios (`torch.Tensor` of shape `(n,)`): z, in nats, summed over the completion's tokens.
         preferred (`torch.Tensor` of shape `(n,)`, bool): whether each completion is a preferred one.
-        t (`float`): share of preferred completions in the reference, pi_ref = t p+ + (1 - t) p-; in (0, 1).
+        t (`float` or `torch.Tensor` of shape `(n,)`): share of preferred completions in the reference, pi_ref = t p+ +
+            (1 - t) p-; in (0, 1). Of all prompts, or of each completion's.
         cap (`float`): fraction of the pole 1/t up to which the exact loss is used; in (0, 1). The minimiser is p+ as
             long as t max p+/pi_ref < cap; below that the cap buys stability with bias.
 
@@ -62,7 +67,7 @@ def ddro_loss(logratios: torch.Tensor, preferred: torch.Tensor, t: float = 0.5, 
         `torch.Tensor` of shape `(n,)`: float32 (float64 for float64 input). Averaged as for `rdro_loss`.
     """
     z = as_float(logratios)
-    z_cap = math.log(cap / t)
+    z_cap = _log(cap / t)
     below = z.clamp(max=z_cap)
     beyond = z - below
     c = 1 - 2 * t
@@ -71,23 +76,32 @@ def ddro_loss(logratios: torch.Tensor, preferred: torch.Tensor, t: float = 0.5, 
     r = below.exp()
     one_minus_tr = (1 - cap) - cap * torch.expm1(below - z_cap)  # >= 1 - cap also when 1 - t r would round to less
     nonpreferred = torch.log1p(c * r) - one_minus_tr.log() + slope * beyond
-    if t < 0.5:  # no singularity: log(1/r + 1 - 2t) exactly, in a form that cannot overflow
+    # For t < 1/2 there is no singularity: log(1/r + 1 - 2t) exactly, in a form that cannot overflow
+    if isinstance(t, torch.Tensor):
+        smooth = torch.logaddexp(-z, (1 - 2 * t).clamp(min=1e-30).log())
+        preferred_term = torch.where(t < 0.5, smooth, -below + torch.log1p(c * r) - beyond / at_cap)
+    elif t < 0.5:
         preferred_term = torch.logaddexp(-z, torch.full_like(z, math.log(c)))
     else:
         preferred_term = -below + torch.log1p(c * r) - beyond / at_cap
-    return torch.where(preferred, preferred_term - math.log1p(-t), nonpreferred)
+    log_rest = torch.log1p(-t) if isinstance(t, torch.Tensor) else math.log1p(-t)
+    return torch.where(preferred, preferred_term - log_rest, nonpreferred)
 
 
-def ddro_beyond_cap(logratios: torch.Tensor, t: float = 0.5, cap: float = 0.99) -> torch.Tensor:
+def _log(share: Share) -> Share:
+    return share.log() if isinstance(share, torch.Tensor) else math.log(share)
+
+
+def ddro_beyond_cap(logratios: torch.Tensor, t: Share = 0.5, cap: float = 0.99) -> torch.Tensor:
     """Which completions lie beyond the cap of `ddro_loss`: r > cap/t. Bool tensor of the shape of `logratios`.
 
     Non-preferred ones there show the instability that the cap contains; preferred ones, that the reference is not the
     mixture t p+ + (1 - t) p-, under which r < 1/t.
     """
-    return as_float(logratios) > math.log(cap / t)
+    return as_float(logratios) > _log(cap / t)
 
 
-def class_weights(preferred: torch.Tensor, preferred_fraction: float) -> torch.Tensor:
+def class_weights(preferred: torch.Tensor, preferred_fraction: Share) -> torch.Tensor:
     """Weights under which the mean over labelled samples estimates E_{p+}[loss] + E_{p-}[loss].
 
     1/pi for preferred and 1/(1 - pi) for non-preferred samples, where pi is the preferred fraction of the whole
@@ -97,10 +111,13 @@ def class_weights(preferred: torch.Tensor, preferred_fraction: float) -> torch.T
 
     Args:
         preferred (`torch.Tensor` of shape `(n,)`, bool): whether each completion is a preferred one.
-        preferred_fraction (`float`): pi, in (0, 1).
+        preferred_fraction (`float` or `torch.Tensor` of shape `(n,)`): pi, in (0, 1); of all prompts, or of each
+            completion's.
 
     Returns:
         `torch.Tensor` of shape `(n,)`, float32.
     """
+    if isinstance(preferred_fraction, torch.Tensor):
+        return torch.where(preferred, 1 / preferred_fraction, 1 / (1 - preferred_fraction))
     weights = torch.full(preferred.shape, 1 / (1 - preferred_fraction), device=preferred.device)
     return weights.masked_fill(preferred, 1 / preferred_fraction)

@@ -37,6 +37,10 @@ LOSS_PANELS = {
 LABEL_PANELS = {"weights of the groups": "weight_"}
 # Drawn by `plot_run` only, where they were logged
 MORE_PANELS = {
+    "log mean of policy / reference (0: it is the mixture)": (
+        "reference/log_normalisation",
+        "reference/log_normalisation_recent",
+    ),
     "reward (beta times log-ratio)": ("rewards/chosen", "rewards/rejected"),
     "gradient norm": ("grad_norm",),
     **{

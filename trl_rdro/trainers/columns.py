@@ -16,6 +16,7 @@ from .hosts import Host
 COLUMNS = {
     "weight": torch.float32,
     "preference_probability": torch.float32,
+    "preferred_fraction": torch.float32,
     "group": torch.int64,
     "annotator": torch.int64,
     "second_ref_chosen_logps": torch.float32,

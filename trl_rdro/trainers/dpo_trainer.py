@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import trl
 
+from .. import losses
 from ..checks.datasets import check_datasets
 from ..compat import trl as trl_compat
 from ..configs.dpo_config import DPOConfig
@@ -48,11 +49,12 @@ class DPOTrainer(
     weighted list with TRL's. Takes the same arguments; runs without any of ours are TRL's own, to the last bit.
 
     Logged beside TRL's metrics when one of ours is used: `logratios/chosen` and `logratios/rejected`, the mean
-    log-ratio to the reference model in nats; for `ddro` `ddro/capped_chosen` and `ddro/capped_rejected`, the share of
-    completions beyond the cap; for `kldpo` and `drdpo` `effective_sample_size` and `max_weight`, as fractions of the
-    optimiser step's batch and of its total weight, and `kldpo/tau` where that is solved; for `wdpo` `wdpo/grad_norm`,
-    `wdpo/penalty`, and in training `wdpo/gap`, the relative error of the central difference, and `wdpo/eps`, its
-    relative step; for `repo` `repo/eta` and for `grdpo` `grdpo/weight_GROUP`, what they have learned.
+    log-ratio to the reference model in nats; for `ddro` and `rdro` `reference/log_normalisation` (`normalisation.py`),
+    0 if the reference is the mixture that they assume; for `ddro` `ddro/capped_chosen` and `ddro/capped_rejected`, the
+    share of completions beyond the cap; for `kldpo` and `drdpo` `effective_sample_size` and `max_weight`, as fractions
+    of the optimiser step's batch and of its total weight, and `kldpo/tau` where that is solved; for `wdpo`
+    `wdpo/grad_norm`, `wdpo/penalty`, and in training `wdpo/gap`, the relative error of the central difference, and
+    `wdpo/eps`, its relative step; for `repo` `repo/eta` and for `grdpo` `grdpo/weight_GROUP`, what they have learned.
 
     The column `weight` of the data counts rows, for every loss, TRL's included. Further columns are read by the losses
     that need them (`docs/losses.md`).
@@ -169,7 +171,8 @@ class DPOTrainer(
                 values = self._robust_loss(name, inner, step, grad_norms, columns, metrics)
             our_losses[name] = step.scale * values.mean()
         if ours:
-            means = self._record(our_losses, metrics, lambda: by_class, len(logratios) // 2)
+            log_sums = self._log_sums(logratios, columns)
+            means = self._record(our_losses, metrics, lambda: by_class, len(logratios) // 2, log_sums=log_sums)
             self._adapt_finite_difference(means)
 
         loss = sum(weight * our_losses[name] for name, weight in ours)
@@ -242,10 +245,25 @@ class DPOTrainer(
         self, name: str, logratios: torch.Tensor, metrics: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """`(n,)`: a pair is one preferred and one non-preferred completion, so half are preferred."""
-        preferred = torch.arange(len(logratios), device=logratios.device) < len(logratios) // 2
+        preferred = _chosen(logratios)
         values, beyond_cap = objectives.density_ratio_loss(name, logratios, preferred, 0.5, self.args)
         if beyond_cap is not None:
             chosen, rejected = beyond_cap.float().chunk(2)
             metrics |= {f"{name}/capped_chosen": chosen.mean(), f"{name}/capped_rejected": rejected.mean()}
         of_chosen, of_rejected = values.chunk(2)
         return of_chosen + of_rejected
+
+    def _log_sums(self, logratios: torch.Tensor, columns: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """What says whether the reference is the mixture that a density-ratio loss in use assumes."""
+        name = next((name for name in self._ours if LOSS_TYPES[name].family == "density_ratio"), None)
+        if name is None:
+            return None
+        weights = losses.mixture_weights(_chosen(logratios), objectives.mixture(name, 0.5, self.args), 0.5)
+        if "weight" in columns:
+            weights = weights * columns["weight"].repeat(2)
+        return losses.normalisation_sums(logratios.detach(), weights)
+
+
+def _chosen(logratios: torch.Tensor) -> torch.Tensor:
+    """Which of `(2n,)` completions are the chosen ones: the first half."""
+    return torch.arange(len(logratios), device=logratios.device) < len(logratios) // 2

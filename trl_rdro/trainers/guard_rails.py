@@ -6,6 +6,7 @@ from typing import Any
 
 from ..log import get_logger
 from ..losses.types import LOSS_TYPES, of_family
+from .normalisation import ERROR, NAME, RECENT
 
 
 logger = get_logger(__name__)
@@ -24,6 +25,13 @@ CAPPED_ADVICE = {
     "so the reference is not the mixture of the training completions: `rdro` stands that better, and fitting "
     "the reference to both classes first mends it.",
 }
+NORMALISED = (0.7, 1.5)  # where the mean of policy / reference still speaks for the mixture
+REFERENCE_ADVICE = (
+    "Fit the reference to both classes before (`trl-rdro inspect --reference` says how far it is), draw the "
+    "completions from it (`trl-rdro iterate`), or use a loss without the assumption (`sigmoid` for pairs, `kto` for "
+    "labels). Labels whose share differs between prompts need the column `preferred_fraction`. If only training "
+    "completions are off and held-out ones are not, they have been learnt by heart."
+)
 LARGE_GAP = 0.03
 STEPS_WITH_LARGE_GAP = 5
 
@@ -43,6 +51,7 @@ class GuardRails:
         self.large_gaps = 0
         self.steps_like_dpo: dict[str, int] = {}  # the first of them, by loss
         self.capped: dict[str, deque] = {}
+        self.seen = 0
 
     def watch(self, step: int, metrics: dict[str, float], pairs: int, completions: int) -> None:
         """Take in the metrics of one micro-batch of optimiser step `step`, the same on every rank.
@@ -55,6 +64,25 @@ class GuardRails:
         self._watch_weights(step, metrics, pairs)
         self._watch_caps(step, metrics, completions)
         self._watch_gap(step, metrics)
+        self.seen += 2 * completions
+        if RECENT in metrics:
+            self.watch_reference({**metrics, NAME: metrics[RECENT]}, self.seen, f"At step {step}")
+
+    def watch_reference(self, metrics: dict[str, float], completions: float, when: str) -> None:
+        """Take in the mean of policy / reference over so many completions: 1, if the reference is their mixture."""
+        value, error = metrics.get(NAME), metrics.get(ERROR, 0.0)
+        if value is None or completions < COMPLETIONS:
+            return
+        low, high = (math.log(bound) for bound in NORMALISED)
+        if low <= value + 2 * error and value - 2 * error <= high:
+            return
+        self.warn_once(
+            "reference",
+            f"{when} the mean of policy / reference over the completions is {math.exp(min(value, 700)):.3g} "
+            f"(`{NAME}` {value:.2f} ± {error:.2f}). If the reference were the mixture of the preferred and the other "
+            "completions, for every prompt, as `ddro` and `rdro` assume, it would be 1 for every policy: this run "
+            f"does not go to p+. {REFERENCE_ADVICE}",
+        )
 
     def _watch_weights(self, step: int, metrics: dict[str, float], pairs: int) -> None:
         for name, loss in LOSS_TYPES.items():

@@ -14,6 +14,7 @@ from ..compat import trl as trl_compat
 from ..configs.density_ratio_config import require_cap_above_start_of
 from ..configs.kto_config import KTOConfig
 from ..log import get_logger
+from ..losses.density_ratio import Share
 from ..losses.types import LOSS_TYPES
 from . import objectives
 from .checked_inputs import CheckedInputs
@@ -21,6 +22,14 @@ from .columns import Columns, split_columns, weighted
 from .common import require_own_config
 from .model_cards import ModelCards
 from .packed_rows import PackedRows, refuse_before_loading
+from .prompt_fractions import (
+    COLUMN,
+    has_shares,
+    require_countable,
+    require_shares_alone,
+    warn_of_unequal_shares,
+    with_shares,
+)
 from .safeguards import Safeguards
 from .step import split_step, with_steps
 from .throughput import Throughput
@@ -38,11 +47,13 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
     1/(1 - pi), with pi the preferred fraction of the training set, so that the estimate is unbiased for every
     composition of a batch, and the result converges to p+ also when the classes are unequal. An evaluation set is
     weighted by its own fraction, so that its loss estimates the same sum; one with one class only by that of the
-    training set. A streaming one is read once more for that. There is no KL batch, no KL forward pass, and the order
-    of the training set is random.
+    training set. A streaming one is read once more for that. Where the fraction differs between prompts, a column
+    `preferred_fraction` (or `count_fraction_by_prompt`) gives that of each prompt. There is no KL batch, no KL forward
+    pass, and the order of the training set is random.
 
     Logged beside TRL's metrics: `logratios/chosen` and `logratios/rejected`, the mean log-ratio to the reference model
-    per class, in nats; `share/chosen` and `share/rejected`, the share of each class among the completions seen; for
+    per class, in nats; `reference/log_normalisation` (`normalisation.py`), 0 if the reference is the mixture that both
+    losses assume; `share/chosen` and `share/rejected`, the share of each class among the completions seen; for
     `ddro` `ddro/capped_chosen` and `ddro/capped_rejected`, the share of completions beyond the cap.
 
     Attributes:
@@ -57,7 +68,7 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
     args: KTOConfig
     _method = "kto"
     _reference_columns = ("ref_logps",)
-    _column_names = ("weight",)
+    _column_names: tuple[str, ...] = ("weight",)
     _completion_columns = ("completion_ids",)
 
     def __init__(
@@ -76,22 +87,26 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
             args = KTOConfig(f"{trl_compat.model_name(model)}-KTO")
         ours = [args.loss_type] if args.loss_type in LOSS_TYPES else []
         require_own_config(args, ours, KTOConfig)
+        self._choose_columns(args, train_dataset)
         train_dataset, eval_dataset, example = check_datasets(
-            self._method, train_dataset, eval_dataset, read=self._column_names
+            self._method, train_dataset, eval_dataset, self._needed_columns, self._column_names
         )
+        if self._needed_columns:
+            require_shares_alone(args, example)
         if ours and example.keys() & {"image", "images"}:
             raise ValueError(f"`{args.loss_type}` is not implemented for unpaired image data. Use `DPOTrainer`.")
         if args.loss_type == "kto":
             _require_text(example)
         self.preferred_fraction: float | None = args.preferred_fraction if ours else None
-        if ours and self.preferred_fraction is None and isinstance(train_dataset, IterableDataset):
+        is_streaming = isinstance(train_dataset, IterableDataset)
+        if ours and self.preferred_fraction is None and is_streaming and not self._needed_columns:
             if not {"chosen", "rejected"} <= example.keys():
                 raise ValueError(
                     f"`{args.loss_type}` needs the share of preferred completions, which cannot be counted on a "
                     "streaming `train_dataset`. Set `preferred_fraction`, or load the data set without streaming."
                 )
             self.preferred_fraction = 0.5  # pairs
-            require_cap_above_start_of(args, self.preferred_fraction)
+            require_cap_above_start_of(args, args.loss_type, self.preferred_fraction)
         config, processing_class = self._check_model(model, args, processing_class, **kwargs)
         refuse_before_loading(config, args, example, kwargs.get("peft_config"))
         self._ours = ours
@@ -123,7 +138,22 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if is_training and self._ours and isinstance(dataset, Dataset):
             self._count_classes(dataset, args)
+            if COLUMN not in self._column_names:
+                warn_of_unequal_shares(dataset)
+        if COLUMN in self._column_names:
+            dataset = with_shares(dataset, args, self._ours[0], self.preferred_fraction)
         return dataset
+
+    def _choose_columns(self, args: KTOConfig, train_dataset: Any) -> None:
+        """Read `preferred_fraction` where the training set has it, or where it is counted."""
+        if args.loss_type in LOSS_TYPES:
+            if has_shares(train_dataset):
+                self._needed_columns = (COLUMN,)
+            elif args.count_fraction_by_prompt:
+                require_countable(train_dataset)
+            else:
+                return
+            self._column_names = ("weight", COLUMN)
 
     def _count_classes(self, dataset: Dataset, args: KTOConfig) -> None:
         labels = dataset["label"]
@@ -142,7 +172,8 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
                 f"Preferred fraction {self.preferred_fraction:.4f} as set; {counted:.4f} ({preferred} of {total}) was "
                 "counted on the training set."
             )
-        require_cap_above_start_of(args, self.preferred_fraction)
+        # Not that of `args`, which is another while TRL constructs its trainer
+        require_cap_above_start_of(args, self._ours[0], self.preferred_fraction)
 
     def get_eval_dataloader(self, eval_dataset=None):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -181,7 +212,6 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
                     return trl_compat.unpaired_loss(self, model, inputs, return_outputs, columns["weight"])
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-        assert self.preferred_fraction is not None  # given, or counted by `_prepare_dataset`
         inputs, step = split_step(inputs)
         preferred = inputs["label"].bool()
         # The reference first: its activations are gone before those of the policy come
@@ -189,20 +219,21 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
         outputs = trl_compat.policy_forward(self, model, inputs)
         logratios = trl_compat.completion_logps(self, outputs.log_probs, inputs["completion_mask"]) - ref_logps
 
-        values, beyond_cap = objectives.density_ratio_loss(
-            self.loss_type, logratios, preferred, self.preferred_fraction, self.args
-        )
-        fraction = self.preferred_fraction if self.model.training else self._evaluated_fraction
-        assert fraction is not None  # as above
+        mixture, fraction = self._shares(columns)
+        values, beyond_cap = objectives.density_ratio_loss(self.loss_type, logratios, preferred, mixture, self.args)
         weights = losses.class_weights(preferred, fraction)
         weights = weights * torch.where(preferred, self.desirable_weight, self.undesirable_weight)
         loss = step.scale * weighted(weights * values, columns).mean()
+        in_mixture = losses.mixture_weights(
+            preferred, objectives.mixture(self.loss_type, mixture, self.args), fraction
+        )
         self._record(
             {self.loss_type: loss},
             {},
             lambda: {"chosen": logratios[preferred], "rejected": logratios[~preferred]},
             len(logratios) // 2,
             self._class_metrics(logratios.detach(), preferred, beyond_cap),
+            losses.normalisation_sums(logratios.detach(), weighted(in_mixture, columns)),
         )
         if self.aux_loss_enabled:  # mixture of experts
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
@@ -210,6 +241,14 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
         outputs = trl_compat.unpaired_metrics(self, model, inputs, outputs, ref_logps, return_outputs)
         trl_compat.drop_metric(self, "kl")  # 0: nothing estimates it
         return (loss, outputs) if return_outputs else loss
+
+    def _shares(self, columns: dict[str, torch.Tensor]) -> tuple[Share, Share]:
+        """Of p+ in the reference, unless an option sets it, and of preferred completions in the data."""
+        if COLUMN in columns:  # of each completion's prompt
+            return columns[COLUMN], columns[COLUMN]
+        fraction = self.preferred_fraction if self.model.training else self._evaluated_fraction
+        assert self.preferred_fraction is not None and fraction is not None  # given, or counted by `_prepare_dataset`
+        return self.preferred_fraction, fraction
 
     def _class_metrics(
         self, logratios: torch.Tensor, preferred: torch.Tensor, beyond_cap: torch.Tensor | None

@@ -8,6 +8,7 @@ import torch
 
 from .. import losses
 from ..configs.density_ratio_config import DensityRatioConfig
+from ..losses.density_ratio import Share
 
 
 class Pairs(NamedTuple):
@@ -74,15 +75,29 @@ def pair_loss(
     return _PAIR_LOSSES[name](Pairs(chosen, rejected, lengths, columns), args)
 
 
+def mixture(name: str, fraction: Share, args: DensityRatioConfig) -> Share:
+    """The share of p+ in the reference that the density-ratio loss called `name` assumes: its option, or where that is
+    None the preferred `fraction` of the data.
+
+    Raises:
+        `ValueError`: for another name.
+    """
+    options = {"rdro": args.rdro_alpha, "ddro": args.ddro_t}
+    if name not in options:
+        raise ValueError(f"There is no density-ratio loss {name!r}.")
+    given = options[name]
+    return fraction if given is None else given
+
+
 def density_ratio_loss(
-    name: str, logratios: torch.Tensor, preferred: torch.Tensor, fraction: float, args: DensityRatioConfig
+    name: str, logratios: torch.Tensor, preferred: torch.Tensor, fraction: Share, args: DensityRatioConfig
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The density-ratio loss called `name`.
 
     Args:
         logratios: `(n,)` z, in nats.
         preferred: `(n,)`, bool.
-        fraction: preferred share of the data, for options that are None.
+        fraction: preferred share of the data, or of each completion's prompt, for options that are None.
         args: a `DPOConfig` or `KTOConfig`.
 
     Returns:
@@ -91,13 +106,11 @@ def density_ratio_loss(
     Raises:
         `ValueError`: for another name.
     """
+    share = mixture(name, fraction, args)
     if name == "rdro":
-        return losses.rdro_loss(logratios, preferred, fraction if args.rdro_alpha is None else args.rdro_alpha), None
-    if name == "ddro":
-        t = fraction if args.ddro_t is None else args.ddro_t
-        beyond_cap = losses.ddro_beyond_cap(logratios, t, args.ddro_cap)
-        return losses.ddro_loss(logratios, preferred, t, args.ddro_cap), beyond_cap
-    raise ValueError(f"There is no density-ratio loss {name!r}.")
+        return losses.rdro_loss(logratios, preferred, share), None
+    beyond_cap = losses.ddro_beyond_cap(logratios, share, args.ddro_cap)
+    return losses.ddro_loss(logratios, preferred, share, args.ddro_cap), beyond_cap
 
 
 def temperature(name: str, args: Any, step_losses: torch.Tensor | None = None) -> float:

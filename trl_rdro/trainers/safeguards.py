@@ -15,6 +15,7 @@ from ..log import get_logger
 from .checkpoints import Checkpoints, non_finite_parameters
 from .guard_rails import GuardRails
 from .noise import NoiseState
+from .normalisation import Normalisation, completions, over_ranks
 from .start import distance_from_reference, first_step_sentence, require_trainable, share_that_cannot_move
 
 
@@ -32,6 +33,7 @@ class Safeguards(Checkpoints):
     def _set_up_safeguards(self, model: Any, given_reference: bool) -> None:
         require_trainable(self.model)
         self._guard_rails = GuardRails(self.args)
+        self._normalisation = Normalisation()
         self._starts_at_reference = self._starts_at_reference and not given_reference
         self._evaluation_prefix = "eval"
         logger.info(f"Reference model: {self._describe_reference(model, given_reference)}.")
@@ -57,6 +59,7 @@ class Safeguards(Checkpoints):
         logratios: Callable[[], dict[str, torch.Tensor]],
         pairs: int,
         totals: dict[str, float] | None = None,
+        log_sums: torch.Tensor | None = None,
     ) -> dict[str, float]:
         """Log metrics as their means over the ranks, and look at them.
 
@@ -66,6 +69,7 @@ class Safeguards(Checkpoints):
             logratios: gives the samples' log-ratios by class, for the message.
             pairs: in this process's micro-batch, or completions of each class.
             totals: metrics over all ranks already.
+            log_sums: `normalisation_sums` of the micro-batch, with a density-ratio loss.
 
         Returns:
             The metrics' means.
@@ -74,7 +78,8 @@ class Safeguards(Checkpoints):
             `FloatingPointError`: in training, on every rank at once, if a loss or a metric is not finite.
         """
         prefix = "loss of "
-        means = trl_compat.mean_over_ranks(self, {**{prefix + name: loss for name, loss in losses.items()}, **metrics})
+        scalars = {**{prefix + name: loss for name, loss in losses.items()}, **metrics}
+        means, sums_of_ranks = trl_compat.means_and_more(self, scalars, log_sums)
         bad = [name.removeprefix(prefix) for name, value in means.items() if not math.isfinite(value)]
         step = self.state.global_step + 1
         if bad:
@@ -86,10 +91,16 @@ class Safeguards(Checkpoints):
                 raise NotFinite(sentence)
             self._guard_rails.warn_once("not finite", sentence)
         means = {name: value for name, value in means.items() if not name.startswith(prefix)} | (totals or {})
+        micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)  # set by the Trainer
+        if log_sums is not None:
+            sums = over_ranks(sums_of_ranks)
+            if self.model.training:
+                means |= self._normalisation.of_step(step, sums, micro_batches)
+            else:
+                self._normalisation.of_evaluation(sums)
         trl_compat.log_metrics(self, means)
         if self.model.training:
             pairs *= self.accelerator.num_processes
-            micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)  # set by the Trainer
             self._guard_rails.watch(step, means, pairs * micro_batches, pairs)
         return means
 
@@ -149,7 +160,12 @@ class Safeguards(Checkpoints):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         self._evaluation_prefix = metric_key_prefix
-        return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._normalisation.begin_evaluation()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics, sums = self._normalisation.evaluated()
+        trl_compat.log_metrics(self, metrics)
+        self._guard_rails.watch_reference(metrics, completions(sums), f"In `{metric_key_prefix}`")
+        return output
 
     def log(self, logs, start_time=None):
         if not self.model.training and self._evaluation_prefix != "eval":
