@@ -199,6 +199,23 @@ def cell_text(rows: list[Row], column: str, form: str = ".3f") -> str:
     return f"{mean:{form}}" if error is None else f"{mean:{form}} ± {error:{form.removeprefix('+')}}"
 
 
+def paired_p(differences: list[float]) -> float:
+    """Two-sided p of Student's t-test that paired differences have mean 0 (1 for fewer than two)."""
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(differences, 0.0).pvalue) if len(differences) > 1 else 1.0
+
+
+def holm(p_values: dict[Any, float]) -> dict[Any, float]:
+    """Holm's step-down adjustment: an adjusted p below .05 holds with a family-wise error of 5 %."""
+    ordered = sorted(p_values.items(), key=lambda item: item[1])
+    adjusted, largest = {}, 0.0
+    for i, (name, p) in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(ordered) - i) * p))
+        adjusted[name] = largest
+    return adjusted
+
+
 def markdown(header: list[str], lines: list[list[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
