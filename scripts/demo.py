@@ -107,10 +107,10 @@ class Progress(transformers.TrainerCallback):
         if "loss" in logs:
             seconds = time.monotonic() - self.started
             rest = seconds / state.global_step * (state.max_steps - state.global_step)
+            chosen, rejected = logs["logratios/chosen"], logs["logratios/rejected"]
             print(
-                f"      {self.name}: step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}, log-ratios "
-                f"of chosen {logs['logratios/chosen']:+.2f} and rejected {logs['logratios/rejected']:+.2f}; "
-                f"{rest:.0f} s to go",
+                f"      {self.name}: step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}, "
+                f"log-ratios of chosen {chosen:+.2f} and rejected {rejected:+.2f}; {rest:.0f} s to go",
                 flush=True,
             )
 
@@ -305,14 +305,15 @@ def main() -> None:
     (output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     say(6, f"done in {figures['seconds']:.0f} s on {figures['hardware']}\n")
     print(
-        f"{len(test_pairs)} held-out pairs after {len(train_pairs)} training pairs, seed {args.seed}, ± one standard error\n"
+        f"{len(test_pairs)} held-out pairs after {len(train_pairs)} training pairs, seed {args.seed}, "
+        "± one standard error\n"
     )
     print(table(results))
     print(
-        "\naccuracy   share of pairs whose positive text gained more log-probability than the negative one (.50 before)\n"
+        "\naccuracy   share of pairs whose positive text gained more log-probability than the negative (.50 before)\n"
         "margin     by how much, in nats; chosen, rejected: the log-ratios that it is the difference of (0 before)\n"
-        "log normalisation   log of the mean ratio over both texts: 0 as long as the policy moved as ddro's and rdro's\n"
-        "           theory allows, far from 0 where probability went to (or came from) texts in general\n"
+        "log normalisation   log of the mean ratio over both texts: near 0 as long as the policy moves as ddro's and\n"
+        "           rdro's theory has it, far from 0 where probability went to (or came from) texts in general\n"
     )
     print(f"{output_dir}/: demo.png, figures.json, and an adapter each in {', '.join(names)}/")
 

@@ -1,12 +1,13 @@
 """
 Does training converge to p+, the distribution of preferred completions, as the data grow?
 
-Over a language of 36 completions (language.py) whose preferences are partly cyclic, each loss's exact minimiser over all
-policies is found (minimisers.py) for many draws of n pairs, of n labelled completions of which a fraction pi is
+Over a language of 36 completions (language.py) whose preferences are partly cyclic, each loss's exact minimiser over
+all policies is found (minimisers.py) for many draws of n pairs, of n labelled completions of which a fraction pi is
 preferred, and of n labelled completions of three prompts whose fractions differ. The reference model is the mixture
-pi p+ + (1 - pi) p- of each prompt: the true one ("exact"), or that of the same completions ("fitted"). "pooled" are ddro
-and rdro without class weights; "sft" is fine-tuning on the preferred completions. Completions are counted with half a
-one more per class, so that none has probability 0. Losses of margins have the limit that they reach with endless data.
+pi p+ + (1 - pi) p- of each prompt: the true one ("exact"), or that of the same completions ("fitted"). "pooled" are
+ddro and rdro without class weights; "sft" is fine-tuning on the preferred completions. Completions are counted with
+half a one more per class, so that none has probability 0. Losses of margins have a limit that they
+reach with endless data.
 
 A few policies are also trained, by the trainers, to see that they arrive at the minimiser: `trained` cells.
 
@@ -178,8 +179,8 @@ def run_trained(cell: dict[str, Any], language: Language, rng: np.random.Generat
 
 
 def limit(loss_type: str, beta: float) -> float:
-    """KL(p+ || policy) of the policy that minimises a loss of margins over all pairs of the language: what endless data
-    lead to."""
+    """KL(p+ || policy) of the policy that minimises a loss of margins over all pairs of the language: what endless
+    data lead to."""
     language = cyclic_language()
     base = torch.tensor(language.base)
     wins = base * base.unsqueeze(1) * torch.tensor(language.preference)  # of chosen over rejected

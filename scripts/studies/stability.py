@@ -1,9 +1,9 @@
 """
 How stable are ddro and rdro as p+ and p- move apart, and as the reference is not their mixture?
 
-The two distributions over a language of 36 completions (language.py) share much or little. The reference model is their
-mixture, exactly, or the text that both were made from ("base"), under which the ratio p+/pi_ref goes beyond 1/alpha.
-ddro, with several caps, and rdro are trained for 60 steps at two large learning rates. A run has diverged if its loss
+The two distributions over a language of 36 completions (language.py) share much or little. The reference model is
+their mixture, exactly, or the text that both were made from ("base"), under which p+/pi_ref goes beyond 1/alpha.
+ddro, with several caps, and rdro are trained for 60 steps at a large learning rate. A run has diverged if its loss
 stopped being finite or if the policy ends at KL(p+ || policy) >= log 36 nats: at least as far from p+ as a uniform
 distribution can be.
 
@@ -54,8 +54,8 @@ def cells(size: str) -> list[dict[str, Any]]:
 
 
 def distributions(separation: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A base distribution, and p+ and p-: the base tilted by the same factor and by its inverse, the logarithm of which
-    has a standard deviation of `separation`."""
+    """A base distribution, and p+ and p-: the base tilted by the same factor and by its inverse, the logarithm of
+    which has a standard deviation of `separation`."""
     base, tilt = np.random.default_rng(0).normal(size=(2, OUTCOMES))
     weights = (np.exp(0.5 * base + sign * separation * tilt) for sign in (0, 1, -1))
     base, p_plus, p_minus = (weight / weight.sum() for weight in weights)

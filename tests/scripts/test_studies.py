@@ -81,8 +81,9 @@ def test_the_limit_of_a_pairwise_loss_is_that_of_its_beta():
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_kto_and_apo_zero_give_up_what_is_preferred_less_often_than_not(beta):
-    """Their population objective is linear in sigma(beta z) with the weights (1 - pi) p- - pi p+: however long they are
-    trained, a completion with a positive weight goes on losing mass, so that KL(p+ || policy) has no finite limit."""
+    """Their population objective is linear in sigma(beta z) with the weights (1 - pi) p- - pi p+: however long they
+    are trained, a completion with a positive weight goes on losing mass, so that KL(p+ || policy) has no finite
+    limit."""
     language = import_module("language").cyclic_language()
     p_plus, p_minus = torch.tensor(language.p_plus), torch.tensor(language.p_minus)
     reference, weight = (p_plus + p_minus) / 2, (p_minus - p_plus) / 2
