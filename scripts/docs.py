@@ -78,28 +78,26 @@ def with_memory_line(text: str, path: Path) -> str:
     return re.sub(r"^# memory: .*$", lambda _: line, text, count=1, flags=re.MULTILINE)
 
 
-# Results of `scripts/demo.py`, and the commands that gave them
-DEMOS = {"demo-rdro": "make demo", "demo-wdpo": "scripts/demo.py --loss wdpo --steps 24"}
-
-
 def demo_table() -> str:
-    rows = []
-    for name, command in DEMOS.items():
-        report = json.loads((RESULTS / f"{name}.json").read_text())
-        figures = [
-            f"{report['results'][key][when]['mean']:.3f} ± {report['results'][key][when]['standard_error']:.3f}"
-            for key, when in (
-                ("accuracy", "before"),
-                ("accuracy", "after"),
-                ("loss", "before"),
-                ("loss", "after"),
-                ("loss", "change"),
-            )
+    """What `make demo` printed, of docs/results/demo.json."""
+    report = json.loads((RESULTS / "demo.json").read_text())
+    columns = ("accuracy", "margin", "chosen", "rejected", "log_normalisation")
+    rows = [
+        [
+            f"`{name}`",
+            *(
+                f"{figures[column]['mean']:{'' if column == 'accuracy' else '+'}.2f} ± "
+                f"{figures[column]['standard_error']:.2f}"
+                for column in columns
+            ),
         ]
-        rows.append([f"`{command}`", *figures, f"{report['seconds']:.0f} s"])
-    return markdown(
-        ["command", "accuracy before", "after", "held-out loss before", "after", "change", "time"],
-        rows,
+        for name, figures in report["results"].items()
+    ]
+    header = ["loss", "accuracy", "margin", "chosen log-ratio", "rejected log-ratio", "log normalisation"]
+    return (
+        markdown(header, rows) + f"\n{report['held_out_pairs']} held-out pairs after {report['train_pairs']} training "
+        f"pairs, ± one standard error, seed {report['seed']}; {report['model']} with LoRA; {report['seconds']:.0f} s "
+        f"on {report['hardware']}, {report['date'][:10]}."
     )
 
 
@@ -324,7 +322,8 @@ def metrics_table() -> str:
 def study(name: str) -> str:
     """The command, where and when it ran, the table and the figure of a study."""
     summary = json.loads((STUDIES / name / "summary.json").read_text())
-    seeds = sorted({cell["seeds"] for cell in summary["cells"]})
+    seeds = sorted({cell["seeds"] * cell.get("draws", 1) for cell in summary["cells"]})
+    unit = "draws" if "draws" in summary["cells"][0] else "seeds"
     runs = sum(cell["seeds"] for cell in summary["cells"])
     versions = ", ".join(f"{module} {version}" for module, version in summary["versions"].items())
     return "\n".join(
@@ -333,9 +332,9 @@ def study(name: str) -> str:
             summary["command"],
             "```",
             "",
-            f"{summary['hardware']}; {summary['date']}; {' or '.join(map(str, seeds))} seeds, {runs} runs, "
+            f"{summary['hardware']}; {summary['date']}; {' or '.join(map(str, seeds))} {unit}, {runs} runs, "
             f"{summary['cell_seconds'] / 60:.0f} minutes in all beside other jobs; {versions}. Figures are means over "
-            "the seeds ± their standard error.",
+            f"the {unit} ± their standard error.",
             "",
             (STUDIES / name / "table.md").read_text().strip(),
             "",

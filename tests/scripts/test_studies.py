@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import random
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..tiny import save_tiny
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "studies"
 NAMES = [
-    *("consistency", "stability", "reward_shift", "people_shift", "comparison", "displacement"),
+    *("consistency", "stability", "linear_shift", "reward_shift", "people_shift", "comparison", "displacement"),
     *("prompt_shares", "reference_length"),
 ]
 
@@ -30,34 +31,115 @@ def run(name, folder, *options):
         assert len(list(csv.DictReader(file))) == len(rows)
     summary = json.loads((folder / "summary.json").read_text())
     assert f"scripts/studies/{name}.py --size ci" in summary["command"]
-    assert summary["hardware"] and summary["versions"]["trl"] and len(summary["cells"]) == len(rows)
+    assert summary["hardware"] and summary["versions"]["trl"]
+    assert sum(cell["seeds"] for cell in summary["cells"]) == len(rows)
     assert (folder / "table.md").read_text().count("\n| ") >= len({row["method"] for row in rows})
     assert (folder / "figure.png").stat().st_size > 5000
     return rows
 
 
 @pytest.mark.slow
-def test_consistency_rdro_reaches_p_plus_and_dpo_does_not(tmp_path):
+def test_consistency_at_its_smallest(tmp_path):
     rows = run("consistency", tmp_path)
-    kl = {(row["data"], row["method"]): row["kl"] for row in rows}
-    assert kl["pairs", "rdro"] < 0.005 < 1 < kl["pairs", "dpo"]
-    assert kl["labels", "rdro"] < 0.03
+    most = max(row["n"] for row in rows if not row.get("trained"))
+    kl = {(row["data"], row["method"], row["pi"], row["reference"]): row["kl"] for row in rows if row["n"] == most}
+    assert kl["pairs", "rdro", 0.5, "exact"] < 0.8 * kl["pairs", "sft", 0.5, "exact"]
+    for method in ("rdro", "ddro"):  # with a reference fitted to the same labels all three are one
+        assert kl["labels", method, 0.39, "fitted"] == pytest.approx(kl["labels", "sft", 0.39, "exact"], rel=1e-3)
+    assert kl["labels", "rdro, pooled", 0.2, "exact"] > 50 * kl["labels", "rdro", 0.2, "exact"]
+    assert kl["prompts", "rdro, one alpha", 0.4, "exact"] > 5 * kl["prompts", "rdro, alpha per prompt", 0.4, "exact"]
+    trained = [row["ratio"] for row in rows if row.get("trained")]
+    assert len(trained) == 2 and all(0.8 < ratio < 1.25 for ratio in trained)
+
+
+def test_the_minimiser_of_a_loss_whose_minimiser_is_known():
+    minimisers = import_module("minimisers")
+    plus, minus = torch.rand(2, 3, 36, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    plus, minus = (weights / weights.sum(dim=1, keepdim=True) for weights in (plus, minus))
+    reference = torch.full((36,), 1 / 36, dtype=torch.float64)
+
+    def sft(z, preferred):
+        return torch.where(preferred, -z, 0.0 * z)
+
+    torch.testing.assert_close(minimisers.minimiser(sft, plus, minus, reference).exp(), plus, rtol=1e-5, atol=1e-8)
+    # rdro, where the reference is the mixture: p+, whatever p- is
+    rdro = import_module("consistency").loss_at("rdro", 0.3)
+    mixture = 0.3 * plus + 0.7 * minus
+    torch.testing.assert_close(minimisers.minimiser(rdro, plus, minus, mixture).exp(), plus, rtol=1e-4, atol=1e-7)
+
+
+def test_the_slope_is_that_of_a_power_law():
+    rows = [{"n": n, "log_kl": 3 - 0.9 * math.log(n), "log_kl_error": 0.01} for n in (300, 1000, 10_000, 100_000)]
+    rows[0]["log_kl"] += 5  # below the n from which it is fitted
+    rate, half = import_module("consistency").slope(rows)
+    assert rate == pytest.approx(-0.9) and 0 < half < 0.02
 
 
 def test_the_limit_of_a_pairwise_loss_is_that_of_its_beta():
-    consistency = import_module("consistency")
-    limits = {beta: consistency.limit({"loss_type": "sigmoid", "beta": beta}) for beta in (0.1, 2.0, 3.0, 4.0)}
+    limit = import_module("consistency").limit
+    limits = {beta: limit("sigmoid", beta) for beta in (0.1, 2.0, 3.0, 4.0)}
     # The beta that the study gives dpo is near the best one, and there DPO still stops short of p+
     assert 0.003 < limits[3.0] < min(limits[2.0], limits[4.0]) < limits[0.1]
-    assert consistency.limit({"loss_type": "rdro"}) is None
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_kto_and_apo_zero_give_up_what_is_preferred_less_often_than_not(beta):
+    """Their population objective is linear in sigma(beta z) with the weights (1 - pi) p- - pi p+: however long they
+    are trained, a completion with a positive weight goes on losing mass, so that KL(p+ || policy) has no finite
+    limit."""
+    language = import_module("language").cyclic_language()
+    p_plus, p_minus = torch.tensor(language.p_plus), torch.tensor(language.p_minus)
+    reference, weight = (p_plus + p_minus) / 2, (p_minus - p_plus) / 2
+    logits = torch.zeros(36, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    divergences = []
+    for step in range(1, 2001):
+        log_policy = (logits + reference.log()).log_softmax(dim=0)
+        loss = (weight * torch.sigmoid(beta * (log_policy - reference.log()))).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in (200, 2000):
+            divergences.append((p_plus * (p_plus.log() - log_policy.detach())).sum().item())
+            mass = log_policy.detach().exp()[weight > 0].sum().item()
+    assert divergences[1] > divergences[0] + 1 > 2
+    assert mass < 0.01 < 0.2 < p_plus[weight > 0].sum()
 
 
 @pytest.mark.slow
-def test_stability_rdro_stays_finite_and_moves_towards_p_plus(tmp_path):
-    rows = {row["method"]: row for row in run("stability", tmp_path)}
-    assert rows["rdro"]["diverged"] == 0 and rows["rdro"]["kl"] < rows["rdro"]["kl_before"] / 5
-    assert rows["ddro, cap 0.99"]["capped_chosen"] > 0.1  # the ratio p+/pi_ref lies beyond the cap
-    assert "capped_chosen" not in rows["rdro"]
+def test_stability_rdro_moves_towards_p_plus_and_a_wrong_reference_shows(tmp_path):
+    rows = {(row["reference"], row["method"]): row for row in run("stability", tmp_path)}
+    assert rows["mixture", "rdro"]["diverged"] == 0
+    assert rows["mixture", "rdro"]["kl"] < rows["mixture", "rdro"]["kl_before"] / 5
+    assert rows["mixture", "ddro, cap 0.99"]["largest_ratio"] <= 1 < rows["base", "ddro, cap 0.99"]["largest_ratio"]
+    assert rows["base", "ddro, cap 0.99"]["capped_chosen"] > rows["mixture", "ddro, cap 0.99"]["capped_chosen"]
+    assert "capped_chosen" not in rows["base", "rdro"]
+
+
+def test_exact_intervals_of_shares():
+    text = import_module("stability").diverged_text([{"diverged": 0.0}] * 10)
+    assert text == "0/10 [0.00, 0.31]"  # 1 - 0.025^(1/10)
+    assert (
+        import_module("stability").diverged_text([{"diverged": 1.0}] * 3 + [{"diverged": 0.0}] * 7)
+        == "3/10 [0.07, 0.65]"
+    )
+
+
+def test_linear_shift_compares_with_dpo_of_the_same_mean_loss(tmp_path):
+    rows = run("linear_shift", tmp_path)
+    for row in rows:
+        assert abs(row["mean_less_scaled"]) < 1e-6 and abs(row["mean_less_stopped"]) < 2e-3
+        assert row["ball_0.1_less_dpo"] < 0  # what the papers report
+        assert row["mean"] < row["ball_0.1"] < row["ball_0.5"]
+
+
+def test_the_worst_case_over_a_ball_is_that_of_its_tilted_weights():
+    losses = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for tau in (0.1, 0.3):
+        weights = torch.softmax(losses / tau, dim=0)
+        radius = (weights * (weights * len(losses)).log()).sum().item()  # KL to uniform weights
+        worst = import_module("linear_shift").worst_in_ball(losses, (radius,))
+        assert worst.item() == pytest.approx((weights @ losses).item(), rel=1e-4)
 
 
 @pytest.mark.slow
