@@ -107,7 +107,7 @@ class Progress(transformers.TrainerCallback):
         if "loss" in logs:
             seconds = time.monotonic() - self.started
             rest = seconds / state.global_step * (state.max_steps - state.global_step)
-            chosen, rejected = logs["logratios/chosen"], logs["logratios/rejected"]
+            chosen, rejected = (logs[f"rewards/{side}"] / args.beta for side in SIDES)
             print(
                 f"      {self.name}: step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}, "
                 f"log-ratios of chosen {chosen:+.2f} and rejected {rejected:+.2f}; {rest:.0f} s to go",
@@ -135,7 +135,7 @@ def train(name: str, path: str, dataset: Dataset, folder: Path, args: argparse.N
         bf16=gpu,
         use_cpu=not gpu,
         activation_checkpointing=False,
-        logging_steps=4,
+        logging_steps=min(4, args.steps),
         disable_tqdm=True,
         save_strategy="no",
         report_to="none",
