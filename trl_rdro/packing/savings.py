@@ -40,7 +40,7 @@ def savings(
         keep_end: whether truncation takes from the prompt.
     """
     order = random.Random(0).sample(lengths, len(lengths))
-    padded, packed, shared = [], [], []
+    padded, packed, shared = list[int](), list[int](), list[int]()
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         rows = [prompt + completion for prompt, completions in batch for completion in completions]

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     class PairHost(Host):
         """`DPOTrainer`."""
 
+        loss_types: list[str]
+        loss_weights: list[float]
+
         def _logratios(
             self, log_probs: torch.Tensor, inputs: dict[str, Any], ref_logps: torch.Tensor
         ) -> torch.Tensor: ...

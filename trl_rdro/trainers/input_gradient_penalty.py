@@ -65,24 +65,17 @@ class InputGradientPenalty(PairHost):
             return self._pair_loss(self.args.inner_loss_type, logratios, inputs, columns)
 
         one_sided = self.args.wdpo_difference == "one_sided" and torch.is_grad_enabled()
-        if one_sided and self._finite_difference_step.share is not None:
-            return self._one_sided(model, inputs, pair_loss, columns, step, metrics)
+        if one_sided and (share := self._finite_difference_step.share) is not None:
+            return self._one_sided(share, model, inputs, pair_loss, columns, step, metrics)
         noise = NoiseState(self.accelerator.device)
-        bare_model, embedding = self._unwrapped(model)  # bare: no gradient is to be reduced for its forward
-        with engines.non_reentrant_checkpointing(self), engines.frozen_head(bare_model):
-            outputs, gradient = input_gradient(
-                lambda: trl_compat.policy_forward(self, bare_model, inputs),
-                embedding,
-                pair_loss,
-                inputs["attention_mask"],
-            )
+        outputs, gradient = self._input_gradient(model, inputs, pair_loss)
         if not torch.is_grad_enabled():
             return outputs, gradient.norms
         if one_sided:  # for the first time
-            self._finite_difference_step.share = self._first_share(gradient)
+            share = self._finite_difference_step.share = self._first_share(gradient)
             if noise.was_drawn_from():
                 noise.restore()
-            return self._one_sided(model, inputs, pair_loss, columns, step, metrics)
+            return self._one_sided(share, model, inputs, pair_loss, columns, step, metrics)
 
         if noisy := noise.was_drawn_from():
             engines.refuse_two_forwards(self, "wdpo")
@@ -91,7 +84,7 @@ class InputGradientPenalty(PairHost):
             lambda copies: trl_compat.policy_forward(
                 self, model, {key: torch.cat([value] * copies) for key, value in inputs.items()}
             ),
-            embedding,
+            self._unwrapped(model)[1],
             pair_loss,
             gradient,
             relative_step,
@@ -103,8 +96,25 @@ class InputGradientPenalty(PairHost):
         outputs.log_probs = value_and_gradient(outputs.log_probs, log_probs)
         return outputs, value_and_gradient(gradient.norms, slopes)
 
+    def _input_gradient(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        pair_loss: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[Any, InputGradient]:
+        """The policy's outputs, and the gradients of its pairs' losses at the embeddings."""
+        bare_model, embedding = self._unwrapped(model)  # bare: no gradient is to be reduced for its forward
+        with engines.non_reentrant_checkpointing(self), engines.frozen_head(bare_model):
+            return input_gradient(
+                lambda: trl_compat.policy_forward(self, bare_model, inputs),
+                embedding,
+                pair_loss,
+                inputs["attention_mask"],
+            )
+
     def _one_sided(
         self,
+        share: float,
         model: torch.nn.Module,
         inputs: dict[str, Any],
         pair_loss: Callable[[torch.Tensor], torch.Tensor],
@@ -112,13 +122,13 @@ class InputGradientPenalty(PairHost):
         step: Step,
         metrics: dict[str, torch.Tensor],
     ) -> tuple[Any, torch.Tensor]:
-        """`_forward_with_grad_norms` by a one-sided difference, once its share of the gradient is known."""
+        """`_forward_with_grad_norms` by a one-sided difference. `share` is its k, as it was adapted so far."""
 
         def forward() -> Any:
             return trl_compat.policy_forward(self, model, inputs)
 
         embedding, mask = self._unwrapped(model)[1], inputs["attention_mask"]
-        share = kept_from_1(self._finite_difference_step.share)
+        share = kept_from_1(share)
         seed = self.args.seed * 1_000_003 + self.state.global_step
         sides = signs(inputs["input_ids"], mask, seed).float()
         # As the pairs' losses enter what the Trainer makes of the micro-batch's loss
@@ -144,8 +154,8 @@ class InputGradientPenalty(PairHost):
 
     def _first_share(self, gradient: InputGradient) -> float:
         """k with which a step of the wanted length is taken, of gradients like these."""
-        means = {"norm": gradient.norms.mean(), "embeddings": gradient.embedding_norms.mean()}
-        means = trl_compat.mean_over_ranks(self, means)
+        scalars = {"norm": gradient.norms.mean(), "embeddings": gradient.embedding_norms.mean()}
+        means = trl_compat.mean_over_ranks(self, scalars)
         norm = max(means["norm"], 1e-12)
         eps = self._relative_step(gradient) * means["embeddings"] / norm
         return 2 * float(self._coefficient(torch.tensor([norm]), {})) / eps

@@ -27,7 +27,7 @@ class StepWeights:
 
     def __init__(self, tau: float):
         self.tau = tau
-        self.largest: torch.Tensor | None = None  # m
+        self.largest = torch.tensor(0.0)  # m, once a micro-batch was taken in
         self.seen: list[torch.Tensor] = []
 
     def take(self, pair_losses: torch.Tensor) -> float:
@@ -38,7 +38,7 @@ class StepWeights:
         """
         self.seen.append(pair_losses.float())
         largest = self.seen[-1].max() if self.tau > 0 else self.seen[-1].min()
-        if self.largest is None:
+        if len(self.seen) == 1:
             self.largest = largest
         exponent = ((largest - self.largest) / self.tau).item()
         if exponent <= LARGEST_EXPONENT:
