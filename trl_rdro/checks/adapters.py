@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from ..compat.engines import without_zero3
 from ..log import get_logger
 
 
@@ -61,7 +62,7 @@ def check_adapter_config(peft_config: Any, config: Any, args: Any) -> None:
 def _layers(config: Any, trust_remote_code: bool) -> Any:
     """The model without weights, where transformers can build it from its config as a causal language model."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), without_zero3():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError:  # of another kind, such as one with images
         return None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from accelerate.utils import launch as accelerate_launch
 from torch.distributed.fsdp import FSDPModule
+from transformers.integrations import deepspeed as zero
 
 from .checkpointing import checkpointing_off
 from .trl_trainer import TrlTrainer
@@ -21,6 +22,18 @@ def full_precision_outputs(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Models made here are whole, also once ZeRO-3 is configured: from then on transformers takes apart all that it
+    makes, and cannot take apart one without weights."""
+    engine = zero._hf_deepspeed_config_weak_ref
+    zero.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        zero._hf_deepspeed_config_weak_ref = engine
 
 
 def refuse_fsdp1(accelerator: Any, loss_type: str) -> None:
