@@ -58,12 +58,10 @@ class IterateConfig:
         sampling_mix (`float`, defaults to `0.25`): lam in [0, 1]: the share of completions drawn from pi_t; the others
             are drawn from pi_0.
         samples_per_prompt (`int`, defaults to `4`): completions for each prompt and round.
-        prompts_per_round (`int`, *optional*): a round takes so many prompts, the next round the next ones. If `None`,
-            all.
+        prompts_per_round (`int`, *optional*): prompts of a round, the next ones in the next. If `None`, all.
         pair_selection (`str`, *optional*): `"best_vs_worst"`, `"random"` (disjoint random pairs), `"rejection"` (such
-            pairs of those completions that rejection sampling leaves, as in RSO) or `"threshold"` (every pair of
-            clearly different rewards, as in RS-DPO). If `None`, `"random"` for losses of single log-ratios, whose
-            reference must be the mixture of the pairs, and `"best_vs_worst"` for others.
+            pairs of what rejection sampling leaves, as in RSO) or `"threshold"` (all of clearly different rewards, as
+            in RS-DPO). If `None`, `"random"` for losses of single log-ratios and `"best_vs_worst"` for others.
         rejection_accepted (`int`, defaults to `2`): completions that are left of the `samples_per_prompt` candidates.
         rejection_beta (`float`, defaults to `0.5`): a candidate is accepted with probability exp((r - r_max)/beta).
         threshold_eta (`float`, defaults to `0.8`): a pair is taken where sigma((r_i - r_j)/tau) >= eta.
@@ -278,13 +276,13 @@ class IterateConfig:
                 "mixture does not cancel in it, and its reference is the sampling distribution. Leave it None and set "
                 "`sampling_mix`."
             )
-        changed = [f"{name}={value}" for name, value, default in self._sampling() if value != default]
+        sampling = ("temperature", self.temperature, 1), ("top_p", self.top_p, 1), ("top_k", self.top_k, 0)
+        changed = [f"{name}={value}" for name, value, default in sampling if value != default]
         if changed:
             raise ValueError(
                 f"`{'`, `'.join(changed)}` cannot be combined with {loss}, whose reference must be the distribution "
                 "that was sampled from. Leave temperature, top_p and top_k at 1, 1 and 0."
             )
-
         is_best_of_two = self.selection(args) == "best_vs_worst" and self.samples_per_prompt == 2
         if self.selection(args) != "random" and not is_best_of_two:
             logger.warning(
@@ -293,14 +291,10 @@ class IterateConfig:
                 "completions. Leave `pair_selection` at None for `random`."
             )
 
-    def _sampling(self) -> tuple[tuple[str, float, float], ...]:
-        return ("temperature", self.temperature, 1), ("top_p", self.top_p, 1), ("top_k", self.top_k, 0)
-
     def guaranteed_margin(self, args: Any) -> float | None:
         """The stability margin with the worst judge there can be, or None for losses without the constant b."""
-        strength = (
-            None if needs_distribution(args) else loss_strength(args, self.max_completion_length, self.judge_bound)
-        )
-        if strength is None:
+        if needs_distribution(args):
             return None
-        return float(stability_margin(self.a, strength, self.sampling_mix, largest_norm(self.samples_per_prompt)))
+        strength = loss_strength(args, self.max_completion_length, self.judge_bound)
+        norm = largest_norm(self.samples_per_prompt)
+        return None if strength is None else float(stability_margin(self.a, strength, self.sampling_mix, norm))
