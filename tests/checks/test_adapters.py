@@ -2,11 +2,17 @@
 
 import pytest
 from peft import IA3Config, LoraConfig, PrefixTuningConfig
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 from trl_rdro import DPOTrainer, KTOTrainer
+from trl_rdro.checks.adapters import check_adapter_config
 
-from ..tiny import cpu_args, tiny_preferences
-from ..training import CONFIGS, make_trainer
+from ..tiny import cpu_args, tiny_preferences, tiny_qwen2
+from ..training import CONFIGS, make_config, make_trainer
 
 
 def lora(**options):
@@ -72,3 +78,19 @@ def test_a_reference_that_moves(qwen2, tmp_path):
 )
 def test_what_fits_is_trained(adapter, qwen2, tmp_path):
     make_trainer(qwen2, tmp_path, max_steps=1, save_strategy="no", trainer_kwargs={"peft_config": adapter}).train()
+
+
+def test_zero3_does_not_take_the_layers_apart(tmp_path):
+    """Nor is it forgotten: the model that is trained has to be."""
+    pytest.importorskip("deepspeed")
+    config, args = tiny_qwen2().config, make_config(tmp_path)
+    engine = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        check_adapter_config(lora(), config, args)
+        assert is_deepspeed_zero3_enabled()
+        with pytest.raises(ValueError, match="'nope'"):
+            check_adapter_config(lora(target_modules=["nope"]), config, args)
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        del engine
+        unset_hf_deepspeed_config()
