@@ -5,7 +5,7 @@ from typing import Any
 
 TITLES = {
     1: "The losses that need nothing but their formula, against TRL's",
-    2: "kldpo with accumulation against DPO: one more gradient-free forward per micro-batch",
+    2: "kldpo with accumulation against DPO",
     3: "wdpo against DPO and against exact double backward",
     4: "Scaling: kldpo and wdpo beside DPO",
     5: "Around the loss",
