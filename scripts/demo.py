@@ -46,9 +46,12 @@ from trl_rdro.tools import scoring  # noqa: E402
 
 BASELINE = "dpo"
 SIDES = ("chosen", "rejected")
-PAIRS_PER_STEP, STEPS, HELD_OUT_PAIRS = 8, 24, 96  # held out: the last of the test split; rates were chosen on others
-# The density-ratio losses see log-ratios of whole texts unscaled, where DPO and its kin see a tenth of a margin
-LEARNING_RATE, DENSITY_RATIO_RATE = 1e-3, 3e-4
+PAIRS_PER_STEP, STEPS, HELD_OUT_PAIRS = (
+    8,
+    24,
+    96,
+)  # held out: the last of the test split; the rate was chosen on others
+LEARNING_RATE = 1e-3  # of Adam, the same for all losses
 # ddro's loss grows steeply where a rejected text nearly doubles its probability. wdpo's penalty costs a pass more.
 CONFIG = {"ddro": {"ddro_cap": 0.9}, "wdpo": {"wdpo_interval": 4}}
 MAX_LENGTH = 256  # tokens, which no text reaches
@@ -120,11 +123,10 @@ def train(name: str, path: str, dataset: Dataset, folder: Path, args: argparse.N
     gpu = torch.cuda.is_available()
     unpaired = "label" in dataset.column_names
     config_class, trainer_class = (KTOConfig, KTOTrainer) if unpaired else (DPOConfig, DPOTrainer)
-    rate = args.learning_rate or (DENSITY_RATIO_RATE if name in of_family("density_ratio") else LEARNING_RATE)
     config = config_class(
         output_dir=str(folder),
         loss_type="sigmoid" if name == "dpo" else name,
-        learning_rate=rate,
+        learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=2,
         num_train_epochs=1,
@@ -233,7 +235,7 @@ def main() -> None:
     parser.add_argument("--model", help=f"model id or directory (default: {MODEL_NAME})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps (default: %(default)s)")
-    parser.add_argument("--learning_rate", type=float, help="instead of the one chosen for the loss")
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE, help="of Adam (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, help="default: runs/demo-LOSS, or runs/demo-LOSS-unpaired")
     args = parser.parse_args()
     loss = "dpo" if args.loss == "sigmoid" else args.loss

@@ -96,8 +96,8 @@ def demo_table() -> str:
     header = ["loss", "accuracy", "margin", "chosen log-ratio", "rejected log-ratio", "log normalisation"]
     return (
         markdown(header, rows)
-        + f"\n\n{report['held_out_pairs']} held-out pairs after {report['train_pairs']} training pairs, ± one standard error, "
-        f"seed {report['seed']}; {report['model']} with LoRA; {report['seconds']:.0f} s "
+        + f"\n\n{report['held_out_pairs']} held-out pairs after {report['train_pairs']} training pairs, "
+        f"± one standard error, seed {report['seed']}; {report['model']} with LoRA; {report['seconds']:.0f} s "
         f"on {report['hardware']}, {report['date'][:10]}."
     )
 
