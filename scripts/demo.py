@@ -50,8 +50,8 @@ PAIRS_PER_STEP, STEPS, HELD_OUT_PAIRS = (
     8,
     24,
     96,
-)  # held out: the last of the test split; the rate was chosen on others
-LEARNING_RATE = 1e-3  # of Adam, the same for all losses
+)  # the last of the test split are held out
+LEARNING_RATE = 1e-3  # of Adam, the same for all losses; chosen on other pairs of the test split
 # ddro's loss grows steeply where a rejected text nearly doubles its probability. wdpo's penalty costs a pass more.
 CONFIG = {"ddro": {"ddro_cap": 0.9}, "wdpo": {"wdpo_interval": 4}}
 MAX_LENGTH = 256  # tokens, which no text reaches
