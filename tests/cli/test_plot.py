@@ -31,7 +31,7 @@ def write_run(directory, steps, loss, **metrics):
     [
         ("kldpo", {"kldpo: weights in the batch"}),
         ("wdpo", {"wdpo: input gradient", "wdpo: penalty", "wdpo: error of the central difference"}),
-        ("ddro", {"ddro: share beyond the cap"}),
+        ("ddro", {"ddro: share beyond the cap", "log mean of policy / reference (0: it is the mixture)"}),
         ("sigmoid", {"reward (beta times log-ratio)"}),
     ],
 )

@@ -75,7 +75,7 @@ def test_list_is_a_line_each(library, capsys, monkeypatch):
 def test_the_packages_own_recipes_can_be_listed():
     found = {recipe.name: recipe for recipe in recipes.list_recipes()}
     assert found["quickstart"].loss == "rdro" and found["quickstart"].command == "dpo"
-    assert found["iterate"].loss == "sigmoid" and found["iterate"].command == "iterate"
+    assert found["iterate"].loss == "cdpo" and found["iterate"].command == "iterate"
     assert all(recipe.summary for recipe in found.values())
 
 

@@ -421,7 +421,8 @@ def test_trl_packs_itself(tmp_path, monkeypatch):
         ({"padding_free": True, "use_liger_kernel": True}, "cannot be used with `use_liger_kernel=True`"),
     ],
 )
-def test_refused_by_options(tmp_path, settings, message):
+def test_refused_by_options(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr("trl_rdro.configs.run_config.is_liger_kernel_available", lambda: True)
     with pytest.raises(ValueError, match=message):
         DPOConfig(**cpu_args(output_dir=str(tmp_path), **settings))
 
