@@ -137,6 +137,27 @@ def test_a_run_takes_steps_of_the_wanted_length_and_logs_the_loss(model, tmp_pat
         assert one_sided["wdpo/gap"] < 0.02
 
 
+@pytest.mark.parametrize("first_rows", [0, 14])
+def test_pairs_that_have_no_gradient_leave_the_steps_of_the_others_alone(model, tmp_path, first_rows):
+    """A weight of 0 for the whole of a micro-batch, also of the first one, and for half of another."""
+    rows = tiny_preferences(16)
+    weights = [0.0 if i < 5 or first_rows <= i < first_rows + 2 or i % 4 == 3 else 1.0 for i in range(16)]
+    logs = {}
+    for difference in ("central", "one_sided"):
+        models = two_models()
+        trainer = make_trainer(
+            models.pop("model"), tmp_path,
+            trainer_kwargs={**models, "train_dataset": rows.add_column("weight", weights)},
+            loss_type="wdpo", wdpo_difference=difference, wdpo_rho=0.1, per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, max_steps=8, train_sampling_strategy="sequential", **SGD,
+        )  # fmt: skip
+        trainer.train()
+        logs[difference] = steps(trainer)
+    for one_sided, central in zip(logs["one_sided"], logs["central"], strict=True):
+        assert one_sided["loss"] == pytest.approx(central["loss"], rel=2e-2)
+        assert one_sided["wdpo/eps"] < 5e-3 and one_sided["wdpo/gap"] < 0.02
+
+
 def test_resumed_run_is_the_same(tmp_path):
     """To the last bit: k is kept, and sides are drawn by tokens and step."""
 

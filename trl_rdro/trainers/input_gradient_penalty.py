@@ -75,7 +75,8 @@ class InputGradientPenalty(PairHost):
             share = self._finite_difference_step.share = self._first_share(gradient)
             if noise.was_drawn_from():
                 noise.restore()
-            return self._one_sided(share, model, inputs, pair_loss, columns, step, metrics)
+            # Any k will do where no pair has a gradient: none is moved
+            return self._one_sided(share or 1.0, model, inputs, pair_loss, columns, step, metrics)
 
         if noisy := noise.was_drawn_from():
             engines.refuse_two_forwards(self, "wdpo")
@@ -148,15 +149,20 @@ class InputGradientPenalty(PairHost):
         lengths = sides * (eps.abs() * gradient.norms).clamp(min=1e-30)
         slopes = (moved.detach() - losses) / lengths
         metrics["wdpo/gap"] = (slopes - gradient.norms).abs().sum() / gradient.norms.sum().clamp(min=1e-30)
-        metrics["wdpo/eps"] = lengths.abs().mean() / gradient.embedding_norms.mean()
+        # Of the pairs that were moved: a weight of 0 or a hinge that is met leaves others where they are
+        embeddings = (gradient.embedding_norms * (gradient.norms > 0)).sum()
+        metrics["wdpo/eps"] = (eps.abs() * gradient.norms).sum() / embeddings.clamp(min=1e-30)
         self._wanted_step = self._relative_step(gradient)
         return outputs, value_and_gradient(gradient.norms, moved / lengths)
 
-    def _first_share(self, gradient: InputGradient) -> float:
-        """k with which a step of the wanted length is taken, of gradients like these."""
-        scalars = {"norm": gradient.norms.mean(), "embeddings": gradient.embedding_norms.mean()}
+    def _first_share(self, gradient: InputGradient) -> float | None:
+        """k with which a step of the wanted length is taken, of gradients like these; `None` where all are 0."""
+        moved = gradient.norms > 0
+        scalars = {"norm": gradient.norms.mean(), "embeddings": (gradient.embedding_norms * moved).mean()}
         means = trl_compat.mean_over_ranks(self, scalars)
-        norm = max(means["norm"], 1e-12)
+        norm = means["norm"]
+        if norm == 0:
+            return None
         eps = self._relative_step(gradient) * means["embeddings"] / norm
         return 2 * float(self._coefficient(torch.tensor([norm]), {})) / eps
 
