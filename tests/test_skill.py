@@ -49,7 +49,7 @@ def test_its_commands_run_in_their_order(run, tmp_path):
 
 @pytest.mark.slow
 def test_the_readmes_first_run(run, tmp_path):
-    lines = [argv for argv in commands(ROOT / "README.md") if any(word.startswith("runs/") for word in argv)]
+    lines = [argv for argv in commands(ROOT / "README.md") if any(word.startswith("runs/") for word in argv)][:5]
     assert [argv[0] for argv in lines] == ["dpo", "dpo", "score", "score", "plot"]
     run(lines, "build/SmolLM2-135M-Instruct", ["--max_steps", "2"])
     assert is_png(tmp_path / "runs" / "curves.png")

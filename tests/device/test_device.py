@@ -18,7 +18,7 @@ pytestmark = [
 ]
 # Looking at the metrics is one wait in a micro-batch, and so is looking at TRL's own loss. A step ends with the
 # gradient's norm, and what a loss has learned.
-PER_BATCH = {"mean_over_ranks": 1}
+PER_BATCH = {"means_and_more": 1}
 PER_STEP = {"Safeguards._get_grad_norm": 1, "LossState.on_step_end": 3, "StepWeights.mean": 1}
 
 

@@ -121,7 +121,7 @@ def test_finite_numbers_or_a_sentence(drawn, weights, gives_rewards, selection):
     for one, group in zip(judged, GROUPS, strict=True):
         assert len(one.scores) == len(one.distinct) == len(set(group))
         assert all(0 <= p <= 1 for line in one.preferences for p in line)
-        pairs = select_pairs(one, config(pair_selection=selection), judge.gives_rewards, "seed")
+        pairs = select_pairs(one, selection, config(pair_selection=selection), judge.gives_rewards, "seed")
         assert all(one.response[i] != one.response[j] for i, j in pairs)
 
 

@@ -14,6 +14,17 @@ import trl.trainer.kto_trainer
 TRL_MODULES: tuple[Any, ...] = (trl.trainer.dpo_trainer, trl.trainer.kto_trainer)
 
 
+def kwargs_of(args: Any) -> dict[str, Any] | None:
+    """How checkpointing is done. TRL decides it, and writes what it decides into the field of the old name."""
+    return {**(args.activation_checkpointing_kwargs or {}), **(args.gradient_checkpointing_kwargs or {})} or None
+
+
+def may_be_reentrant(args: Any) -> bool:
+    """Whether the Trainer, which reads the field of the new name, or TRL has it reentrant."""
+    fields = (args.activation_checkpointing_kwargs, args.gradient_checkpointing_kwargs)
+    return any((kwargs or {}).get("use_reentrant") for kwargs in fields)
+
+
 @contextmanager
 def checkpointing_off(model: Any, checkpointing_kwargs: dict[str, Any] | None = None):
     """TRL's `disable_gradient_checkpointing`: off for a while, then as it was."""

@@ -12,7 +12,7 @@ from accelerate.utils import launch as accelerate_launch
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import deepspeed as zero
 
-from .checkpointing import checkpointing_off
+from .checkpointing import checkpointing_off, kwargs_of, may_be_reentrant
 from .trl_trainer import TrlTrainer
 
 
@@ -50,7 +50,7 @@ def refuse_fsdp1(accelerator: Any, loss_type: str) -> None:
 def refuse_two_forwards(trainer: TrlTrainer, loss_type: str) -> None:
     """For one backward pass through two forwards. With reentrant checkpointing each of them gives a parameter's
     gradient by itself, and the engines expect one."""
-    reentrant = (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    reentrant = may_be_reentrant(trainer.args)
     distributed = trainer.accelerator.distributed_type != DistributedType.NO
     if distributed and reentrant and trainer.model.is_gradient_checkpointing:
         raise ValueError(
@@ -166,22 +166,22 @@ def settle_fsdp2(model: torch.nn.Module | None) -> None:
 @contextmanager
 def without_checkpointing(trainer: TrlTrainer):
     """For gradient-free forwards: reentrant gradient checkpointing warns in them."""
-    with torch.no_grad(), checkpointing_off(trainer.model, trainer.args.activation_checkpointing_kwargs):
+    with torch.no_grad(), checkpointing_off(trainer.model, kwargs_of(trainer.args)):
         yield
 
 
 @contextmanager
 def non_reentrant_checkpointing(trainer: TrlTrainer):
     """For gradients with respect to inputs, which reentrant gradient checkpointing cannot give."""
-    kwargs = trainer.args.activation_checkpointing_kwargs
-    reentrant = trainer.model.is_activation_checkpointing and (kwargs or {}).get("use_reentrant")
+    reentrant = trainer.model.is_activation_checkpointing and may_be_reentrant(trainer.args)
+    kwargs = kwargs_of(trainer.args) or {}
     if reentrant:
         trainer.model.activation_checkpointing_enable({**kwargs, "use_reentrant": False})
     try:
         yield
     finally:
         if reentrant:
-            trainer.model.activation_checkpointing_enable(kwargs)
+            trainer.model.activation_checkpointing_enable({**kwargs, "use_reentrant": True})
 
 
 @contextmanager

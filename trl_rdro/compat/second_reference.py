@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, use_adapter
 
-from .checkpointing import checkpointing_off
+from .checkpointing import checkpointing_off, kwargs_of
 from .trl import completion_logps, policy_forward
 
 
@@ -51,7 +51,7 @@ def second_reference_logps(trainer: Any, reference: Any, inputs: dict[str, Any])
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
     with (
         torch.no_grad(),
-        checkpointing_off(trainer.model, trainer.args.activation_checkpointing_kwargs),
+        checkpointing_off(trainer.model, kwargs_of(trainer.args)),
         use_adapter(unwrapped, reference),
         trainer.accelerator.autocast(),
     ):
