@@ -167,6 +167,7 @@ def main(argv: list[str]) -> int:
     if args.rounds * len(P) > MOST_NUMBERS:
         raise UserError(f"{args.rounds} rounds of {len(P)} answers are too many to keep: lower --rounds")
     reference = shares_of("--reference", args.reference, len(P))
+    sampling = reference if args.sampling is None else shares_of("--sampling", args.sampling, len(P))
     if args.loss == "dpo":
         settings = (args.a, args.beta, args.lam, reference, args.rounds, args.entropy_floor)
         result = dpo_dynamics.dpo_study(P, *settings, label_smoothing=args.label_smoothing or 0.0)
@@ -176,7 +177,6 @@ def main(argv: list[str]) -> int:
             result = dynamics.study(P, args.a, args.b, args.lam, reference, args.rounds, args.entropy_floor)
         print(ipo_report(result))
     if args.loss == "dpo" or args.sampling is not None:
-        sampling = reference if args.sampling is None else shares_of("--sampling", args.sampling, len(P))
         result["one_shot"] = dpo_dynamics.one_shot(P, sampling, round_of(args, P))
         print(one_shot_report(result["one_shot"]))
     if args.output is not None:

@@ -84,6 +84,8 @@ def make_parser() -> Parser:
 def check(args: argparse.Namespace) -> None:
     for name, least in (("batch_size", 1), ("max_length", 0), ("limit", 1), ("suspects", 1), ("beta", 1e-9)):
         require_between(f"--{name}", getattr(args, name), least)
+    if args.beta is not None and args.suspects is None:
+        raise UserError("--beta is of the search for wrong labels: add --suspects N, or leave it out")
     require_directory_of(args.output)
     require_directory_of(args.suspects_file if args.suspects else None)
 
