@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from trl_rdro.cli import COMMANDS, launch, main, train
+from trl_rdro.tools.recipes import recipe_directory
 
 from ..helpers import refusal
 
@@ -49,7 +50,7 @@ def refused(capsys, *argv: str) -> str:
     captured = capsys.readouterr()
     assert code == 2
     sentences = [line for line in captured.err.splitlines() if line.startswith("trl-rdro: error: ")]
-    assert len(sentences) == 1
+    assert len(sentences) == 1 and not captured.out
     assert "usage:" not in captured.err + captured.out and "Traceback" not in captured.err
     return sentences[0].removeprefix("trl-rdro: error: ")
 
@@ -249,6 +250,76 @@ def test_what_yaml_makes_of_a_value_is_what_was_meant(config):
     (_, args, _, _), *_ = train.parse("dpo", ["--config", config(**changes, learning_rate="1e-6")])
     assert (args.loss_weights, args.run_name, args.learning_rate) == ([1e-3, 1.0], "2026", 1e-6)
     assert args.eval_strategy == "no"  # a bare `no` is False in YAML
+
+
+# Keys
+
+STRANGE_KEYS = {
+    "learning-rate: 1.0e-5": "unknown key learning-rate, did you mean learning_rate?",
+    "no_dataloader_pin_memory: true": "unknown key no_dataloader_pin_memory: write `dataloader_pin_memory: false`",
+    "no-remove-unused-columns: true": "unknown key no-remove-unused-columns: write `remove_unused_columns: false`",
+    "pair_selection: random": "unknown option --pair_selection: it is one of `trl-rdro iterate`",
+    "beta=0.1: 1": "unknown key beta=0.1",
+    "num_processes=1: 1": "unknown key num_processes=1",
+    "distributed_type: DEEPSPEED": "give it with --accelerate_config",
+}
+
+
+@pytest.mark.parametrize("command", ["dpo", "kto", "inspect", "estimate"])
+@pytest.mark.parametrize("line", STRANGE_KEYS)
+@pytest.mark.parametrize("believed", [True, False], ids=["table", "parsers"])
+def test_key_that_is_no_option_name(command, line, believed, config, capsys, monkeypatch):
+    if not believed:
+        monkeypatch.setattr("trl_rdro.cli.option_table.installed_versions", dict)
+    path = config(max_length=64)
+    with open(path, "a") as file:
+        file.write(f"{line}\n")
+    assert STRANGE_KEYS[line] in refused(capsys, command, "--config", path)
+
+
+def test_launch_flags_keep_their_dashes_in_yaml(config):
+    _, launch_flags, _ = train.parse("dpo", ["--config", config(**{"num-processes": 1})])
+    assert launch_flags == ["--num-processes", "1"]
+
+
+@pytest.mark.parametrize("command", ["dpo", "kto", "inspect", "estimate"])
+@pytest.mark.parametrize("recipe", ["iterate", "accelerate/zero3_offload"])
+def test_yaml_file_of_another_use(command, recipe, capsys):
+    path = str(recipe_directory() / f"{recipe}.yaml")
+    words = "accelerate config" if "/" in recipe else "trl-rdro iterate"
+    assert words in refused(capsys, command, "--config", path)
+
+
+@pytest.mark.parametrize("command", ["dpo", "kto", "iterate", "inspect", "estimate"])
+def test_forgotten_config(command, capsys):
+    assert "a YAML file is given with --config" in refused(capsys, command, "mine.yaml")
+
+
+@pytest.mark.parametrize("value", ["", "3", "true", "{a: 1}"])
+@pytest.mark.parametrize("command", ["dpo", "kto"])
+def test_loss_type_that_is_no_text(command, value, config, capsys):
+    path = config(loss_type=None)
+    with open(path, "a") as file:
+        file.write(f"loss_type: {value}\n")
+    assert "loss_type" in refused(capsys, command, "--config", path)
+
+
+@pytest.mark.parametrize("number", ["-1e-5", "-2E+1", "-.5e3"])
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_negative_number_with_an_exponent(method, number, config, capsys):
+    message = refused(capsys, method, "--config", config(), "--learning_rate", number)
+    assert "learning_rate" in message and "expected one argument" not in message
+    rewards = ["--rewards", "-1", number, "--a", "0.5", "--b", "0.1"]
+    assert main(["dynamics", *rewards]) == 0
+
+
+def test_sampling_is_checked_before_anything_is_printed(capsys):
+    message = refused(capsys, "dynamics", *REQUIRED["dynamics"], "--sampling", "1", "1")
+    assert "2 weights for 3 answers" in message
+
+
+def test_beta_of_score_goes_with_suspects(capsys):
+    assert "--suspects" in refused(capsys, "score", *REQUIRED["score"], "--beta", "1")
 
 
 # Accelerate configs

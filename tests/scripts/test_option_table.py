@@ -33,7 +33,20 @@ def refuses(parser, argv) -> bool:
 def test_every_option_is_taken_as_its_parser_takes_it(name):
     real, ours = written.parsers()[name], option_table.make_parser(name)
     after = [] if name != option_table.LAUNCH else ["script"]
-    values = ([], ["1"], ["-1"], ["0.5"], ["1e-3"], ["nan"], ["no"], ["text"], ["[1]"], ["1", "2"], ["=", "x"])
+    values = (
+        [],
+        ["1"],
+        ["-1"],
+        ["-1e-5"],
+        ["0.5"],
+        ["1e-3"],
+        ["nan"],
+        ["no"],
+        ["text"],
+        ["[1]"],
+        ["1", "2"],
+        ["=", "x"],
+    )
     for action in real._actions:
         choices = [[str(choice)] for choice in action.choices or []]
         for flag, value in itertools.product(action.option_strings, [*values, *choices]):

@@ -33,12 +33,11 @@ def read_run(
     """
     from ..tools.loading import load_config
     from ..tools.memory import engine_of, processes_of, read_shape, run_of
-    from .training_options import parse, refuse_stray
+    from .training_options import parse
 
     accelerate = read_accelerate(accelerate_config)
     # A machine without a GPU refuses bf16 unless it is told that the run is meant for it
     (_, args, model_args, _), _, unused = parse(method, [*argv, "--use_cpu"])
-    refuse_stray(unused)
     if unused:
         raise UserError(f"estimate does not read {unused[0]}: give --gpus and --accelerate_config")
     if args.max_length is None:

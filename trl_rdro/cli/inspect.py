@@ -60,8 +60,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, dict[str, tu
     possible, errors = {}, []
     for method in named or ["dpo", "kto"]:
         try:
-            arguments, _, unused = training_options.parse(method, training_argv)
-            training_options.refuse_stray(unused)
+            arguments, *_ = training_options.parse(method, training_argv)
             possible[method] = arguments
         except UserError as error:
             errors.append(error)

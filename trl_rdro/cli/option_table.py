@@ -23,6 +23,7 @@ from .parsing import Parser, take_config
 
 TABLE = Path(__file__).with_name("options.json")
 METHODS = ("dpo", "kto")
+COMMANDS = (*METHODS, "iterate dpo", "iterate kto")  # as the table names them
 LAUNCH = "launch"  # the options of `accelerate launch`, beside those of each command
 PACKAGES = ("accelerate", "transformers", "trl")
 
@@ -68,16 +69,16 @@ def refuse_at_once(command: str, argv: list[str]) -> None:
 
     parser, launch_parser = make_parser(command if command in METHODS else f"{command} {method}"), make_parser(LAUNCH)
     given, rest = parser.parse_known_args(argv)
-    dests = {action.dest for action in parser._actions}
-    unknown = [f"--{key}" for key in settings if key not in dests] + [token for token in rest if token[:2] == "--"]
-    refuse_unknown(unknown, [*parser._option_string_actions], [*launch_parser._option_string_actions])
+    refuse_unknown_keys(settings, parser, launch_parser)
+    options = [token for token in rest if token.startswith("--")]
+    refuse_unknown(options, parser._option_string_actions, launch_parser._option_string_actions)
     launched = launch_parser.parse_known_args([*rest, "--module", command])[0]
     if launched.training_script != command:
         raise UserError(f"unexpected argument {launched.training_script}: a YAML file is given with --config FILE")
 
     settings |= vars(given)
     loss_types = settings.get("loss_type", [])
-    for loss_type in [loss_types] if isinstance(loss_types, str) else loss_types:
+    for loss_type in loss_types if isinstance(loss_types, list) else [loss_types]:
         if isinstance(loss_type, str):
             with user_error(ValueError):
                 require_loss_type(loss_type, method, read_table()["loss_types"])
@@ -114,10 +115,29 @@ def refuse_unknown(options: Iterable[str], *known: Iterable[str]) -> None:
         if option in names:
             continue
         for row in read_table()["options"]:
-            if option in row["flags"] and (others := [command for command in METHODS if command in row["of"]]):
-                raise UserError(f"unknown option {option}: it is one of `trl-rdro {others[0]}`")
+            if option in row["flags"] and (others := [command for command in COMMANDS if command in row["of"]]):
+                raise UserError(f"unknown option {option}: it is one of `trl-rdro {others[0].split()[0]}`")
         near = difflib.get_close_matches(option, names, n=1)
         raise UserError(f"unknown option {option}" + (f", did you mean {near[0]}?" if near else ""))
+
+
+def refuse_unknown_keys(
+    settings: Iterable[str], parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser
+) -> None:
+    """Refuse the first key of a YAML file that is neither the name of an option of `parser` nor a launch flag. The
+    other spellings that an option has on the command line (`--learning-rate`, `--no_x`) are none of its name."""
+    dests = {action.dest for action in parser._actions}
+    flags, launch_flags = parser._option_string_actions, launch_parser._option_string_actions
+    unknown = [key for key in settings if key not in dests and f"--{key}" not in launch_flags]
+    if {"compute_environment", "distributed_type"} & {*unknown}:
+        raise UserError("the file after --config is an accelerate config: give it with --accelerate_config FILE")
+    for key in unknown:
+        if f"--{key}" in flags:
+            name = flags[f"--{key}"].dest
+            meant = f", did you mean {name}?" if key.replace("-", "_") == name else f": write `{name}: false`"
+            raise UserError(f"unknown key {key}{meant}")
+        refuse_unknown([f"--{key}"], flags, launch_flags)
+        raise UserError(f"unknown key {key}: write the name of an option, a colon and its value")  # `beta=0.1: 1`
 
 
 def require_model_name(name: str | None) -> None:

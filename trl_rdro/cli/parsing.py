@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from ..errors import UserError
 
 
 class SentenceErrors:
-    """Mixin of `ArgumentParser`s: what is wrong as a `UserError`."""
+    """Mixin of `ArgumentParser`s: what is wrong as a `UserError`, and `-1e-5` is a number, not an option."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str):
         raise UserError(message)

@@ -20,7 +20,7 @@ from ..configs.validation import validate_fields
 from ..errors import UserError, user_error
 from ..tools.yaml_files import read_yaml
 from .field_values import converted, field_hints, require_mappings
-from .option_table import refuse_unknown, require_data, require_model_name
+from .option_table import refuse_unknown, refuse_unknown_keys, require_data, require_model_name
 from .parsing import Parser, SentenceErrors, take_config
 
 
@@ -61,12 +61,14 @@ def parse_strictly(parser: TrainingParser, argv: list[str]) -> tuple[list, list[
     """
     file, argv = take_config(argv)
     settings = {} if file is None else read_yaml(file)
+    launch_parser = make_launch_parser()
     hints = field_hints(parser.dataclass_types)
+    refuse_unknown_keys((name for name in settings if name != "env"), parser, launch_parser)
     settings = {name: converted(name, settings[name], hints.get(name, Any)) for name in settings}
     _set_environment(settings.pop("env", {}))
     from_file = parser.set_defaults_with_config(**settings)
-    launch_actions = make_launch_parser()._option_string_actions
-    options = [*from_file[::2], *(token for token in parser.parse_known_args(argv)[1] if token.startswith("--"))]
+    launch_actions = launch_parser._option_string_actions
+    options = [token for token in parser.parse_known_args(argv)[1] if token.startswith("--")]
     refuse_unknown(options, parser._option_string_actions, launch_actions)
     with user_error(ValueError, TypeError, OSError, ImportError):
         for action in parser._actions:
@@ -110,6 +112,7 @@ def parse(method: str, argv: list[str]) -> tuple[tuple, list[str], list[str]]:
     """
     parsed, launch_flags, from_command_line = parse_strictly(make_parser(method), argv)
     script_args, training_args, model_args, dataset_args = parsed
+    refuse_stray(from_command_line)
     require_model_name(model_args.model_name_or_path)
     require_data(script_args.dataset_name or dataset_args.datasets)
     return (script_args, training_args, model_args, dataset_args), launch_flags, from_command_line
