@@ -82,3 +82,9 @@ def test_a_weight_of_two_is_the_pair_twice():
     torch.testing.assert_close(grdpo_update(weights, LOSSES, GROUPS, 1.0, pair_weights), expected)
     sizes = group_means(LOSSES, GROUPS, 3, pair_weights)[0]
     torch.testing.assert_close(sizes, group_means(LOSSES[rows], GROUPS[rows], 3)[0])
+
+
+def test_a_group_of_size_0_has_no_part():
+    sizes = torch.tensor([2.0, 0.0, 3.0])
+    weights = grdpo_weights(torch.tensor([0.4, 0.0, 0.6]), sizes, torch.tensor([0, 1, 2]))
+    assert weights.tolist() == pytest.approx([0.4 * 5 / 2, 0, 0.6 * 5 / 3])

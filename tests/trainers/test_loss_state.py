@@ -238,3 +238,16 @@ def test_a_group_met_first_in_evaluation_is_named_as_such(tmp_path):
     trainer = build(tmp_path, **GRDPO)
     with pytest.raises(ValueError, match="`grdpo` met a `group` that the training set does not have"):
         trainer.evaluate(tiny_preferences(2).add_column("group", ["ann", "zoe"]))
+
+
+def test_a_group_whose_rows_all_have_weight_0_is_no_group(tmp_path):
+    """Training with its rows is training without them, up to the number of rows in the mean."""
+    dataset = data().add_column("weight", [0.0 if name == "bo" else 1.5 for name in ANNOTATORS])
+    others = dataset.filter(lambda row: row["group"] != "bo")
+    trainer, without = (trained(tmp_path, rows, **GRDPO) for rows in (dataset, others))
+    expected = {**etas(without, "grdpo"), str(label_id("bo")): 0.0}
+    assert etas(trainer, "grdpo") == pytest.approx(expected, rel=1e-5)
+    losses_of_steps = [run.state.log_history[0]["loss"] for run in (trainer, without)]
+    assert losses_of_steps[0] == pytest.approx(losses_of_steps[1] * len(others) / len(dataset), rel=1e-5)
+    trainer.evaluate(dataset)  # where it is no group either
+    assert "is not in `train_dataset` with a weight above 0" in refused(tmp_path, dataset, data())

@@ -3,9 +3,12 @@
 import math
 
 import pytest
+import torch
 from datasets import Dataset
 
 from trl_rdro import DPOTrainer, KTOTrainer
+from trl_rdro.losses import normalisation_sums
+from trl_rdro.trainers import normalisation
 from trl_rdro.trainers.guard_rails import GuardRails
 from trl_rdro.trainers.normalisation import ERROR, NAME, RECENT
 
@@ -83,3 +86,13 @@ def test_not_with_other_losses(tmp_path, qwen2):
     rows = Dataset.from_list(flatten(tiny_preferences(4)))
     log = steps(train(qwen2, tmp_path, KTOTrainer, {"train_dataset": rows}, loss_type="kto", max_steps=1))[0]
     assert NAME not in log
+
+
+def test_the_recent_steps_are_bounded_where_few_completions_count(monkeypatch):
+    """One completion outweighs all others, so that the effective number never reaches `COMPLETIONS`."""
+    monkeypatch.setattr(normalisation, "STEPS", 20)
+    recent = normalisation.Normalisation()
+    for step in range(50):
+        weight = torch.tensor([1e6 if step % 10 == 0 else 1.0])
+        recent.of_step(step, tuple(normalisation_sums(torch.zeros(1), weight).tolist()), 1)
+    assert normalisation.completions(recent.recent) == pytest.approx(2, rel=1e-3)

@@ -134,3 +134,21 @@ def test_weights_set_by_hand_are_warned_about(tmp_path, qwen2, caplog, name):
     (record,) = [record for record in caplog.records if "desirable_weight" in record.getMessage()]
     assert record.levelno == logging.WARNING and f"`{name}=2.0`" in record.getMessage()
     assert "no longer converges" in record.getMessage()
+
+
+@EACH_LOSS
+@pytest.mark.parametrize(("weights", "word"), [([1.0, 2.0, 0.0, 0.0], "preferred"), ([0, 0, 1, 0], "non-preferred")])
+def test_one_class_of_positive_weight_is_refused(tmp_path, qwen2, loss_type, weights, word):
+    data = labelled(2, 2).add_column("weight", weights)
+    with pytest.raises(ValueError, match=f"All completions of positive weight of `train_dataset` are {word}: "):
+        KTOTrainer(qwen2, args=kto_config(tmp_path, loss_type), train_dataset=data)
+
+
+@EACH_LOSS
+def test_an_evaluation_set_of_weights_0_is_evaluated(tmp_path, qwen2, loss_type):
+    rows = labelled(2, 2, seed=1).add_column("weight", [0.0] * 4)
+    for evaluated in (rows, rows.to_iterable_dataset()):
+        trainer = KTOTrainer(
+            qwen2, args=kto_config(tmp_path, loss_type), train_dataset=labelled(4, 4), eval_dataset=evaluated
+        )
+        assert trainer.evaluate()["eval_loss"] == 0

@@ -6,12 +6,22 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_rdro import KTOTrainer, losses
+from trl_rdro import DPOTrainer, KTOTrainer, losses
 from trl_rdro.losses.types import of_family
 from trl_rdro.trainers.prompt_fractions import COLUMN, count_by_prompt, warn_of_unequal_shares
 
 from ..tiny import tiny_preferences
-from ..training import kto_config, labelled, make_trainer, measured, parameters, same_parameters, steps, two_models
+from ..training import (
+    kto_config,
+    labelled,
+    make_config,
+    make_trainer,
+    measured,
+    parameters,
+    same_parameters,
+    steps,
+    two_models,
+)
 
 
 EACH_LOSS = pytest.mark.parametrize("loss_type", of_family("density_ratio"))
@@ -185,3 +195,27 @@ def test_a_share_above_ddros_cap_is_refused(tmp_path, qwen2, streaming):
     data = data.to_iterable_dataset() if streaming else data
     with pytest.raises(ValueError, match="`ddro_cap` must be greater than t=0.995"):
         make_trainer(qwen2, tmp_path, KTOTrainer, {"train_dataset": data}, loss_type="ddro", max_steps=2).train()
+
+
+@EACH_LOSS
+def test_counting_on_evaluation_sets_and_streams_agrees(tmp_path, loss_type):
+    """Where no prompt has four completions: all go by the share of the evaluated set, not the training set's."""
+    rows, found = labelled(1, 5, seed=1), []
+    for evaluated in (rows, rows.to_iterable_dataset()):
+        trainer = build(tmp_path, labelled(6, 2), loss_type, count_fraction_by_prompt=True)
+        found.append(trainer.evaluate(evaluated)["eval_loss"])
+    trainer = build(tmp_path, labelled(6, 2), loss_type, preferred_fraction=1 / 6)
+    assert found == pytest.approx([trainer.evaluate(rows)["eval_loss"]] * 2, rel=1e-5)
+
+
+def test_a_column_that_no_loss_reads_is_said(tmp_path, qwen2, messages):
+    for loss_type in ("kto", "apo_zero_unpaired"):
+        make_trainer(qwen2, tmp_path, KTOTrainer, {"train_dataset": with_shares()}, loss_type=loss_type)
+        assert f"`{COLUMN}` of `train_dataset` has no effect: `loss_type` is {loss_type}" in " ".join(messages())
+    pairs = tiny_preferences(4).add_column(COLUMN, [0.4] * 4)
+    tokens = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], COLUMN: 0.4}] * 4)
+    for data in (pairs, tokens):
+        for loss_type in ("rdro", ["sigmoid", "ddro"]):
+            args = make_config(tmp_path, loss_type=loss_type)
+            with pytest.raises(ValueError, match="beside pairs"):
+                DPOTrainer("no/such/model", args=args, train_dataset=data)

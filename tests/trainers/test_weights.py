@@ -236,3 +236,21 @@ def test_it_yields_to_a_collator_that_reads_weights_itself():
 
     batch = WithColumns(theirs, ("weight",))([{"weight": 2.0}])
     assert batch["weight"].tolist() == [2.0] and set(batch) == {"input_ids", "weight"}
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "rdro"])
+def test_a_training_set_of_weights_0_is_refused_before_a_model_is_loaded(tmp_path, loss_type):
+    args = DPOConfig(**cpu_args(output_dir=str(tmp_path), loss_type=loss_type))
+    with pytest.raises(ValueError, match="the weights of all 4 rows are 0: nothing would be trained"):
+        DPOTrainer("no/such/model", args=args, train_dataset=pairs([0.0] * 4))
+    args = KTOConfig(**cpu_args(output_dir=str(tmp_path), loss_type="kto" if loss_type == "sigmoid" else loss_type))
+    with pytest.raises(ValueError, match="the weights of all 8 rows are 0: nothing would be trained"):
+        KTOTrainer("no/such/model", args=args, train_dataset=unpaired(pairs([0.0] * 4)))
+
+
+def test_weights_that_truncation_leaves_all_0_are_refused(model, tmp_path):
+    rows = [{**row, "weight": 0} for row in unpaired(pairs())]
+    rows.append({**rows[0], "prompt": "it was good " * 60, "weight": 1})
+    args = KTOConfig(**cpu_args(output_dir=str(tmp_path), loss_type="rdro", max_length=64))
+    with pytest.raises(ValueError, match="the weights of all 8 rows are 0: nothing would be trained"):
+        KTOTrainer(model, args=args, train_dataset=Dataset.from_list(rows))

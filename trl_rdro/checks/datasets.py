@@ -35,6 +35,8 @@ def check_datasets(
     if train_dataset is None:
         return None, eval_dataset, {}
     train_dataset = check_dataset(train_dataset, "train_dataset", method, used, read)
+    if "weight" in read:
+        require_weight(train_dataset)
     return train_dataset, eval_dataset, next(iter(train_dataset))
 
 
@@ -85,6 +87,19 @@ def check_dataset(
         return dataset
     rules = check_rows(itertools.islice(dataset, FIRST_ROWS), name, method, used, read, tokenised)
     return dataset.map(rules.require, with_indices=True) if isinstance(dataset, IterableDataset) else dataset
+
+
+def require_weight(train_dataset: Any) -> None:
+    """Raises `ValueError` for a table whose rows all have the weight 0. Streams and transforms are passed over."""
+    if not isinstance(train_dataset, Dataset) or train_dataset.format["type"] == "custom":
+        return
+    if "weight" in train_dataset.column_names:
+        weights = train_dataset.select_columns(["weight"]).with_format("arrow").iter(BATCH)
+        if not any(table["weight"].to_numpy().any() for table in weights):
+            raise ValueError(
+                f"`train_dataset`: the weights of all {len(train_dataset)} rows are 0: nothing would be trained. Give "
+                "rows a `weight` above 0, or remove the column."
+            )
 
 
 def check_rows(

@@ -34,15 +34,16 @@ def grdpo_weights(group_weights: torch.Tensor, group_sizes: torch.Tensor, groups
     every composition of a batch.
 
     Args:
-        group_weights (`torch.Tensor` of shape `(k,)`): a, positive, with sum 1.
+        group_weights (`torch.Tensor` of shape `(k,)`): a, positive, with sum 1; 0 of a group of size 0.
         group_sizes (`torch.Tensor` of shape `(k,)`): N_g, pairs of each group in the training set (or the sum of their
             weights, if they have any).
         groups (`torch.Tensor` of shape `(n,)`, int): the group of each pair, in 0..k-1.
 
     Returns:
-        `torch.Tensor` of shape `(n,)`: 1 for equal weights and groups of one size.
+        `torch.Tensor` of shape `(n,)`: 1 for equal weights and groups of one size, 0 for a group of size 0.
     """
-    return (group_weights * group_sizes.sum() / group_sizes)[groups]
+    factors = group_weights * group_sizes.sum() / group_sizes
+    return torch.where(group_sizes > 0, factors, 0.0)[groups]
 
 
 def grdpo_update(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..checks.adapters import check_adapter_config
-from ..checks.datasets import check_dataset, check_evaluation
+from ..checks.datasets import check_dataset, check_evaluation, require_weight
 from ..checks.models import check_model, check_model_object, check_pad_token, check_tokenizer
 from ..checks.optimisation import check_optimisation
 from ..checks.prepared import check_prepared, warn_of_date
@@ -62,6 +62,8 @@ class CheckedInputs(Host):
         else:
             dataset = super()._prepare_dataset(dataset, processing_class, args, self._name_for_trl(name, dataset_name))
         check_prepared(dataset, name, args.max_length, self._embeddings)
+        if is_training:
+            require_weight(dataset)  # `max_length` may have taken those with a weight
         return dataset
 
     def _name_for_trl(self, name: str, dataset_name: str) -> str:

@@ -10,7 +10,7 @@ from .. import losses
 from ..checks.datasets import check_datasets
 from ..compat import trl as trl_compat
 from ..configs.dpo_config import DPOConfig
-from ..losses.types import LOSS_TYPES, column_names, in_use
+from ..losses.types import LOSS_TYPES, column_names, in_use, of_family
 from . import objectives
 from .checked_inputs import CheckedInputs
 from .columns import Columns, needed_columns, split_columns, weighted
@@ -19,6 +19,7 @@ from .input_gradient_penalty import InputGradientPenalty
 from .loss_state import StatefulLosses, require_known_groups
 from .model_cards import ModelCards
 from .packed_rows import PackedRows, is_asked_for, refuse_before_loading
+from .prompt_fractions import refuse_beside_pairs
 from .reweighting import Reweighting
 from .safeguards import Safeguards
 from .second_reference import SecondReference
@@ -100,6 +101,8 @@ class DPOTrainer(
         )
         if "wdpo" in ours and example.keys() & {"image", "images"}:
             raise ValueError("`wdpo` perturbs text embeddings and is not defined for image data.")
+        if set(ours) & set(of_family("density_ratio")):
+            refuse_beside_pairs(example)
         if "grdpo" in ours:
             require_known_groups(train_dataset, eval_dataset)
         if "weight" in example and (sorting := {"aot", "aot_unpaired"}.intersection(requested)):

@@ -25,9 +25,11 @@ from .packed_rows import PackedRows, refuse_before_loading
 from .prompt_fractions import (
     COLUMN,
     has_shares,
+    preferred_share,
     require_countable,
     require_shares_alone,
     warn_of_unequal_shares,
+    warn_of_unread_shares,
     with_shares,
 )
 from .safeguards import Safeguards
@@ -93,6 +95,8 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
         )
         if self._needed_columns:
             require_shares_alone(args, example)
+        elif not ours:
+            warn_of_unread_shares(example, args.loss_type)
         if ours and example.keys() & {"image", "images"}:
             raise ValueError(f"`{args.loss_type}` is not implemented for unpaired image data. Use `DPOTrainer`.")
         if args.loss_type == "kto":
@@ -141,7 +145,9 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
             if COLUMN not in self._column_names:
                 warn_of_unequal_shares(dataset)
         if COLUMN in self._column_names:
-            dataset = with_shares(dataset, args, self._ours[0], self.preferred_fraction)
+            is_own = not is_training and isinstance(dataset, Dataset)
+            fraction = self._fraction_of(dataset) if is_own else self.preferred_fraction
+            dataset = with_shares(dataset, args, self._ours[0], fraction)
         return dataset
 
     def _choose_columns(self, args: KTOConfig, train_dataset: Any) -> None:
@@ -156,14 +162,14 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
             self._column_names = ("weight", COLUMN)
 
     def _count_classes(self, dataset: Dataset, args: KTOConfig) -> None:
-        labels = dataset["label"]
+        labels, counted = dataset["label"], preferred_share(dataset)
         preferred, total = sum(labels), len(labels)
-        if preferred in (0, total):
+        if not 0 < counted < 1:
+            which = "completions of positive weight" if "weight" in dataset.column_names else f"{total} completions"
             raise ValueError(
-                f"All {total} completions of `train_dataset` are {'' if preferred else 'non-'}preferred: a density "
-                "ratio needs both classes. Add completions with the other label."
+                f"All {which} of `train_dataset` are {'' if counted else 'non-'}preferred: a density ratio needs both "
+                "classes. Add completions with the other label."
             )
-        counted = _preferred_share(dataset)
         if self.preferred_fraction is None:
             self.preferred_fraction = counted
             logger.info(f"Preferred fraction {counted:.4f}: {preferred} of {total} training completions.")
@@ -189,9 +195,13 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
         self._evaluated_fraction = self.preferred_fraction
         if self._ours and isinstance(dataset, Dataset | IterableDataset):
             if self._evaluated is not dataset:
-                self._evaluated, self._share_of_evaluated = dataset, _preferred_share(dataset)
-            if 0 < self._share_of_evaluated < 1:
-                self._evaluated_fraction = self._share_of_evaluated
+                self._evaluated, self._fraction_of_last = dataset, self._fraction_of(dataset)
+            self._evaluated_fraction = self._fraction_of_last
+
+    def _fraction_of(self, dataset: Dataset | IterableDataset) -> float | None:
+        """Of an evaluation set; that of the training set if only one class, or none, has a weight."""
+        share = preferred_share(dataset)
+        return share if 0 < share < 1 else self.preferred_fraction
 
     def _reason_not_to_deal(self) -> str | None:
         if self.calculate_KL:
@@ -248,7 +258,8 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
             return columns[COLUMN], columns[COLUMN]
         fraction = self.preferred_fraction if self.model.training else self._evaluated_fraction
         assert self.preferred_fraction is not None and fraction is not None  # given, or counted by `_prepare_dataset`
-        return self.preferred_fraction, fraction
+        # A stream to be evaluated has nothing counted by prompt: as in a table, its own share is that of all prompts
+        return fraction if self.args.count_fraction_by_prompt else self.preferred_fraction, fraction
 
     def _class_metrics(
         self, logratios: torch.Tensor, preferred: torch.Tensor, beyond_cap: torch.Tensor | None
@@ -268,21 +279,6 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
             if counts[i] > 0:
                 metrics |= {name.format(label): row[i] / counts[i] for name, row in zip(columns, sums, strict=True)}
         return metrics
-
-
-def _preferred_share(dataset: Dataset | IterableDataset) -> float:
-    """The share of a set's completions, by their weights if they have some, whose label is True. 0 of none."""
-    if isinstance(dataset, Dataset):
-        dataset = dataset.with_format(None)
-        labels = dataset["label"][:]
-        weights = dataset["weight"][:] if "weight" in dataset.column_names else [1.0] * len(labels)
-    else:
-        labels, weights = [], []
-        for row in dataset:
-            labels.append(row["label"])
-            weights.append(row.get("weight", 1.0))
-    preferred = sum(weight for weight, label in zip(weights, labels, strict=True) if label)
-    return preferred / sum(weights) if labels else 0.0
 
 
 def _require_text(example: Mapping[str, Any]) -> None:

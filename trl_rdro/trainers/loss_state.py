@@ -91,15 +91,12 @@ class StatefulLosses(Host):
     def _count_labels(self, name: str, column: str) -> None:
         """Let the loss's state know the labels of the training set, with their sizes, and start from equal numbers."""
         rows: Any = self.train_dataset
-        labels = rows[column]
-        weights = rows["weight"] if "weight" in rows.column_names else [1] * len(labels)
-        sizes: dict[str, float] = defaultdict(float)
-        for label, weight in zip(labels, weights, strict=True):
-            sizes[str(label)] += weight
+        sizes = label_sizes(rows, column)
+        counted = sum(size > 0 for size in sizes.values())  # the others have rows of weight 0 alone, which are none
         ids = {str(label_id(label)): label for label in sorted(sizes)}
         self._label_names[name] = ids
         self._loss_state.sizes[name] = {key: sizes[label] for key, label in ids.items()}
-        self._loss_state.values[name] = dict.fromkeys(ids, 1 / len(ids))
+        self._loss_state.values[name] = {key: 1 / counted if sizes[label] > 0 else 0.0 for key, label in ids.items()}
 
     def _with_numbers(self, columns: dict[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
         """The columns, and under the name of each loss with a state the numbers of its pairs, `(n,)`.
@@ -138,6 +135,16 @@ class StatefulLosses(Host):
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, LossState))
 
 
+def label_sizes(rows: Dataset, column: str) -> dict[str, float]:
+    """The number of rows with each label of a column, or the sum of their weights."""
+    labels = rows[column]
+    weights = rows["weight"] if "weight" in rows.column_names else [1] * len(labels)
+    sizes: dict[str, float] = defaultdict(float)
+    for label, weight in zip(labels, weights, strict=True):
+        sizes[str(label)] += weight
+    return dict(sizes)
+
+
 def require_known_groups(train_dataset: Any, eval_dataset: Any) -> None:
     """Refuse data on which groups cannot be counted, and evaluation data with groups that training gives no weight."""
     if not isinstance(train_dataset, Dataset):
@@ -145,12 +152,18 @@ def require_known_groups(train_dataset: Any, eval_dataset: Any) -> None:
             "`grdpo` needs the sizes of the groups, which cannot be counted on a streaming `train_dataset`. Load the "
             "data set without streaming."
         )
-    known = set(map(str, train_dataset["group"]))
+    sizes = label_sizes(train_dataset, "group")
+    known = _of_positive_size(sizes)
     named = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
     for name, dataset in named.items():
-        if isinstance(dataset, Dataset) and (new := sorted(set(map(str, dataset["group"])) - known)):
+        if isinstance(dataset, Dataset) and (new := sorted(_of_positive_size(label_sizes(dataset, "group")) - known)):
+            without = " with a weight above 0" if new[0] in sizes else ""
             raise ValueError(
                 f"The group {new[0]!r} of `eval_dataset{'' if name is None else f'[{name!r}]'}` is not in "
-                f"`train_dataset`, whose groups are {', '.join(sorted(known)[:10])}: `grdpo` has no weight for it. "
-                "Remove these rows, or give them a group of the training set."
+                f"`train_dataset`{without}, whose groups are {', '.join(sorted(known)[:10])}: `grdpo` has no weight "
+                "for it. Remove these rows, or give them a group of the training set."
             )
+
+
+def _of_positive_size(sizes: dict[str, float]) -> set[str]:
+    return {label for label, size in sizes.items() if size > 0}

@@ -12,6 +12,7 @@ from ..losses.normalisation import NO_SUMS, log_normalisation
 NAME = "reference/log_normalisation"
 RECENT, ERROR = f"{NAME}_recent", f"{NAME}_error"  # over the last completions, and its standard error
 COMPLETIONS = 500  # or more, over which the recent one is taken
+STEPS = 2000  # at most: with very unequal weights few completions count
 
 Sums = tuple[float, ...]  # of `normalisation_sums`, over all ranks
 
@@ -21,7 +22,7 @@ class Normalisation:
 
     def __init__(self):
         self._step, self._parts, self._of_step = -1, 0, NO_SUMS
-        self._steps: deque[Sums] = deque()
+        self._steps: deque[Sums] = deque(maxlen=STEPS)
         self._of_evaluation = NO_SUMS
 
     def of_step(self, step: int, sums: Sums, micro_batches: int) -> dict[str, float]:

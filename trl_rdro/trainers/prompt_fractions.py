@@ -12,6 +12,7 @@ from ..checks.arrow import lengths
 from ..checks.rules import as_array
 from ..configs.density_ratio_config import require_cap_above_start
 from ..log import get_logger
+from ..losses.types import of_family
 
 
 logger = get_logger(__name__)
@@ -39,13 +40,18 @@ def require_countable(dataset: Any) -> None:
         )
 
 
-def require_shares_alone(args: Any, example: Mapping[str, Any]) -> None:
-    """Refuse what the column contradicts: another source of the same share, and pairs, whose share is 1/2."""
-    if "chosen" in example:
+def refuse_beside_pairs(example: Mapping[str, Any]) -> None:
+    """Refuse the column in a row that is a pair, whose share is 1/2."""
+    if COLUMN in example and example.keys() & {"chosen", "chosen_ids"}:
         raise ValueError(
             f"`train_dataset` has a column `{COLUMN}` beside pairs, of whose completions one half is preferred for "
             "every prompt. Remove the column."
         )
+
+
+def require_shares_alone(args: Any, example: Mapping[str, Any]) -> None:
+    """Refuse what the column contradicts: another source of the same share, and pairs."""
+    refuse_beside_pairs(example)
     defaults = {"rdro_alpha": None, "ddro_t": None, COLUMN: None, "count_fraction_by_prompt": False}
     for name, default in defaults.items():
         if getattr(args, name) != default:
@@ -53,6 +59,31 @@ def require_shares_alone(args: Any, example: Mapping[str, Any]) -> None:
                 f"`{name}={getattr(args, name)!r}` and the column `{COLUMN}` of `train_dataset` both say what the "
                 "share of preferred completions is. Leave one of them out."
             )
+
+
+def warn_of_unread_shares(example: Mapping[str, Any], loss_type: str) -> None:
+    """Say that one of TRL's losses does not read the column."""
+    if COLUMN in example:
+        logger.warning(
+            f"The column `{COLUMN}` of `train_dataset` has no effect: `loss_type` is {loss_type}, and only "
+            f"{' and '.join(of_family('density_ratio'))} read it."
+        )
+
+
+def preferred_share(dataset: Dataset | IterableDataset) -> float:
+    """The share of a set's completions, by their weights if they have some, whose label is True. 0 of none, and where
+    all weights are 0."""
+    if isinstance(dataset, Dataset):
+        dataset = dataset.with_format(None)
+        labels = dataset["label"][:]
+        weights = dataset["weight"][:] if "weight" in dataset.column_names else [1.0] * len(labels)
+    else:
+        labels, weights = [], []
+        for row in dataset:
+            labels.append(row["label"])
+            weights.append(row.get("weight", 1.0))
+    preferred, total = sum(weight for weight, label in zip(weights, labels, strict=True) if label), sum(weights)
+    return preferred / total if total else 0.0
 
 
 def with_shares(dataset: Any, args: Any, loss_type: str, fraction: float | None) -> Any:
