@@ -25,6 +25,7 @@ from typing import Any
 
 import study
 import torch
+from minimisers import minimise
 from paired import holm, t_test
 
 from trl_rdro.losses import kldpo_loss, sigmoid_loss, wdpo_penalty
@@ -80,19 +81,10 @@ def objective(method: str, value: float, x: torch.Tensor) -> Callable[[torch.Ten
     return robust
 
 
-def minimise(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    # Not at 0, where the norm in wdpo's penalty has no gradient
-    theta = torch.full((FEATURES,), 0.01, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([theta], max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-14)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = function(theta)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return theta.detach()
+def optimum(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    # Not from 0, where the norm in wdpo's penalty has no gradient
+    start = torch.full((FEATURES,), 0.01, dtype=torch.float64)
+    return minimise(function, start, max_iter=500, tolerance_change=1e-14)
 
 
 def scaled_to(mean: float, theta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -140,8 +132,8 @@ def run(cell: dict[str, Any], folder: Path) -> dict[str, float]:
     generator = torch.Generator().manual_seed(cell["seed"])
     train, _ = pairs(2_000, cell["labels"], generator)
     x, is_minority = pairs(20_000, cell["labels"], generator)
-    plain = minimise(objective("dpo", 0.0, train))
-    robust = minimise(objective(cell["method"], cell["value"], train))
+    plain = optimum(objective("dpo", 0.0, train))
+    robust = optimum(objective(cell["method"], cell["value"], train))
     result = measures(robust, x, is_minority)
     others = {
         "dpo": plain,

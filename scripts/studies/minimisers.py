@@ -6,12 +6,14 @@ three hundred.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 
 # Of log-ratios and of whether each completion is preferred: one loss per completion
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+EXACTLY = {"max_iter": 1000, "history_size": 50, "tolerance_grad": 1e-11, "tolerance_change": 1e-16}
 
 
 def minimiser(loss: Loss, plus: torch.Tensor, minus: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -29,7 +31,7 @@ def minimiser(loss: Loss, plus: torch.Tensor, minus: torch.Tensor, reference: to
         z = log_policy(logits, log_reference) - log_reference
         return (plus * loss(z, preferred) + minus * loss(z, ~preferred)).sum()
 
-    return log_policy(_minimise(objective, torch.zeros_like(plus)), log_reference)
+    return log_policy(minimise(objective, torch.zeros_like(plus), **EXACTLY), log_reference)
 
 
 def margin_minimiser(
@@ -43,7 +45,8 @@ def margin_minimiser(
         reference: the reference's probabilities, `(outcomes,)`.
     """
     log_reference = reference.log()
-    logits = _minimise(lambda z: (wins * loss(z.unsqueeze(1), z)).sum(), torch.zeros_like(reference))
+    start = torch.zeros_like(reference)
+    logits = minimise(lambda z: (wins * loss(z.unsqueeze(1), z)).sum(), start, **EXACTLY)
     return log_policy(logits, log_reference)
 
 
@@ -56,16 +59,10 @@ def divergence(target: torch.Tensor, log_policy: torch.Tensor) -> torch.Tensor:
     return (target * (target.log() - log_policy)).sum(dim=-1)
 
 
-def _minimise(objective: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor) -> torch.Tensor:
+def minimise(objective: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """Where LBFGS, with these settings of PyTorch's, ends from `start`."""
     point = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [point],
-        max_iter=1000,
-        history_size=50,
-        tolerance_grad=1e-11,
-        tolerance_change=1e-16,
-        line_search_fn="strong_wolfe",
-    )
+    optimizer = torch.optim.LBFGS([point], line_search_fn="strong_wolfe", **settings)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()

@@ -16,6 +16,7 @@ from typing import Any
 
 import study
 import torch
+from minimisers import minimise
 
 from trl_rdro import losses
 
@@ -82,30 +83,23 @@ def run(cell: dict[str, Any], folder: Path) -> dict[str, float]:
     if cell["reference"] == "exact mixture":
         ref_logps = torch.logaddexp(completions @ plus.flatten(), completions @ minus.flatten()) - math.log(2)
 
-    policy = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([policy], max_iter=500, tolerance_change=1e-12, line_search_fn="strong_wolfe")
-
-    def logratios() -> torch.Tensor:
+    def logratios(policy: torch.Tensor) -> torch.Tensor:
         return completions @ policy.log_softmax(dim=1).flatten() - ref_logps
 
-    def objective() -> torch.Tensor:
-        optimizer.zero_grad()
-        z = logratios()
+    def objective(policy: torch.Tensor) -> torch.Tensor:
+        z = logratios(policy)
         if cell["method"] == "sft":
-            value = -z[:PAIRS].mean()
-        elif cell["method"] == "ddro":
-            value = 2 * losses.ddro_loss(z, preferred).mean()
-        else:
-            value = 2 * losses.rdro_loss(z, preferred, 0.01 if "alpha" in cell["method"] else 0.5).mean()
-        value.backward()
-        return value
+            return -z[:PAIRS].mean()
+        if cell["method"] == "ddro":
+            return 2 * losses.ddro_loss(z, preferred).mean()
+        return 2 * losses.rdro_loss(z, preferred, 0.01 if "alpha" in cell["method"] else 0.5).mean()
 
-    optimizer.step(objective)
+    policy = minimise(objective, start, max_iter=500, tolerance_change=1e-12)
     with torch.no_grad():
-        z = logratios()
+        z = logratios(policy)
     weights = torch.ones(2 * PAIRS, dtype=torch.float64)
     log_n, error = losses.log_normalisation(tuple(losses.normalisation_sums(z.float(), weights).tolist()))
-    before, after = divergence(plus, start), divergence(plus, policy.detach().log_softmax(dim=1))
+    before, after = divergence(plus, start), divergence(plus, policy.log_softmax(dim=1))
     return {
         "share": 1 - after / before,
         "log_normalisation": log_n,
