@@ -59,6 +59,23 @@ def test_the_sdist_is_the_repository(sdist):
         assert (sdist / name).is_file(), name
 
 
+def test_nothing_stray_lies_beside_the_package(sdist):
+    """A run folder at the top level would be committed, and distributed with its model."""
+    folders = {".ci", ".github", "docs", "recipes", "scripts", "tests", "trl_rdro"}
+    files = {
+        ".gitignore",
+        ".pre-commit-config.yaml",
+        "Makefile",
+        "PKG-INFO",
+        "hatch_build.py",
+        "llms.txt",
+        "mkdocs.yml",
+    }
+    files |= {"CITATION.cff", "LICENSE", "pyproject.toml"}
+    files |= {f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "README", "SECURITY", "SKILL")}
+    assert {path.name for path in sdist.iterdir()} == folders | files
+
+
 def test_the_wheel_is_the_package_and_the_recipes(sdist, wheel):
     expected = below(sdist, "trl_rdro") | {f"trl_rdro/{name}" for name in below(sdist, "recipes")}
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected

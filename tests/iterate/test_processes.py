@@ -59,11 +59,18 @@ def test_killed_in_every_phase_ends_with_the_same_adapter(model, uninterrupted, 
 @pytest.mark.slow
 def test_a_second_loop_into_the_directory_is_refused_and_the_first_goes_on(model, uninterrupted, tmp_path):
     output, log, second_log = tmp_path / "both", tmp_path / "first", tmp_path / "second"
+    reached, release = tmp_path / "reached", tmp_path / "release"
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(processes.run, worker.run, model, str(output), log=log)
-        while not (output / "base.jsonl.chunks").exists() and not first.done():
+        first = pool.submit(
+            processes.run, worker.run_and_wait, model, str(output), str(reached), str(release), log=log
+        )
+        while not reached.exists() and not first.done():
             time.sleep(0.05)
-        assert processes.run(worker.run, model, str(output), log=second_log) == [1]
+        try:
+            code = processes.run(worker.run, model, str(output), log=second_log)
+        finally:
+            release.touch()  # or else the pool would wait for the first
+        assert code == [1]
         assert first.result() == [0], log.read_text()[-3000:]
     assert f"Another run is writing to `output_dir='{output}'`" in second_log.read_text()
     weights = "final/adapter_model.safetensors"

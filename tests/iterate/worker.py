@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import Trainer
@@ -64,37 +66,45 @@ def make_loop(
     return Loop(config, args, model_args, judge or RewardFunctions([vowels], None), rows, rows)
 
 
-def die_at(moment: str, signum: int) -> None:
-    """Signal this process before a file that ends in `moment` is in place, or at "step N" of the second round."""
-
-    def die():
-        os.kill(os.getpid(), signum)
-
+def act_at(moment: str, act: Callable[[], None]) -> None:
+    """Call `act` before a file that ends in `moment` is in place, or at "step N" of the second round."""
     if moment.startswith("step"):
         training_step = Trainer.training_step
 
-        def step_or_die(trainer, *args, **kwargs):
+        def step_after_act(trainer, *args, **kwargs):
             if "round_001" in trainer.args.output_dir and trainer.state.global_step == int(moment.split()[1]):
-                die()
+                act()
             return training_step(trainer, *args, **kwargs)
 
-        Trainer.training_step = step_or_die
+        Trainer.training_step = step_after_act
     for name in ("replace", "rename"):
         move = getattr(os, name)
 
-        def move_or_die(source, target, move=move, **kwargs):
+        def move_after_act(source, target, move=move, **kwargs):
             if str(target).endswith(moment):
-                die()
+                act()
             return move(source, target, **kwargs)
 
-        setattr(os, name, move_or_die)
+        setattr(os, name, move_after_act)
 
 
 def run(model: str, output_dir: str, moment: str | None = None, signum: int = signal.SIGKILL) -> None:
     """The whole loop, with a checkpoint every two steps."""
     end_on_signals()
     if moment:
-        die_at(moment, signum)
+        act_at(moment, lambda: os.kill(os.getpid(), signum))
+    make_loop(model, output_dir, save_strategy="steps", save_steps=2).run()
+
+
+def run_and_wait(model: str, output_dir: str, reached: str, release: str) -> None:
+    """The whole loop, which in its second round makes the file `reached` and goes on when there is a file `release`."""
+
+    def wait():
+        Path(reached).touch()
+        while not Path(release).exists():
+            time.sleep(0.05)
+
+    act_at("round_001/judged.jsonl", wait)
     make_loop(model, output_dir, save_strategy="steps", save_steps=2).run()
 
 
