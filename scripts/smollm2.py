@@ -11,11 +11,9 @@ The weights stay rounded to 4 bits, so figures made with them belong to "SmolLM2
 
 import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
+from made_once import made_once
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 
@@ -27,19 +25,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def model_directory() -> Path:
     """The directory of the model, made from the installed package if it is not there yet."""
-    if not MODEL_DIR.exists():
-        MODEL_DIR.parent.mkdir(parents=True, exist_ok=True)
-        # Written elsewhere and renamed, so that an interrupted run leaves no half a model behind
-        temporary = Path(tempfile.mkdtemp(dir=MODEL_DIR.parent))
-        try:
-            convert(find_gguf(), temporary)
-            os.rename(temporary, MODEL_DIR)
-        except OSError:
-            if not MODEL_DIR.exists():  # otherwise another process was quicker
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return MODEL_DIR
+    return made_once(MODEL_DIR, lambda directory: convert(find_gguf(), directory))
 
 
 def find_gguf() -> Path:

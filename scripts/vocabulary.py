@@ -7,11 +7,11 @@ texts of the data are split into the same tokens as before.
 """
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from made_once import made_once
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -19,18 +19,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 def cut_vocabulary(directory: str, texts: Iterable[str], target: Path) -> str:
     """Write the model and byte-level BPE tokenizer of `directory` to `target` with what `texts` need of their
     vocabulary, unless that has been done. Returns `target`."""
-    if not target.exists():
-        temporary = target.with_name(target.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        texts = sorted(set(texts))
+
+    def make(cut_directory: Path) -> None:
+        needed = sorted(set(texts))
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        cut, kept = _cut_tokenizer(tokenizer, texts)
-        for text in texts:  # the same tokens as before
+        cut, kept = _cut_tokenizer(tokenizer, needed)
+        for text in needed:  # the same tokens as before
             assert [kept[token] for token in cut(text)["input_ids"]] == tokenizer(text)["input_ids"], text
-        cut.save_pretrained(temporary)
-        _cut_model(AutoModelForCausalLM.from_pretrained(directory), kept, cut).save_pretrained(temporary)
-        temporary.rename(target)
-    return str(target)
+        cut.save_pretrained(cut_directory)
+        _cut_model(AutoModelForCausalLM.from_pretrained(directory), kept, cut).save_pretrained(cut_directory)
+
+    return str(made_once(target, make))
 
 
 def _cut_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[PreTrainedTokenizerFast, list[int]]:

@@ -1,8 +1,10 @@
 """
-Likelihood displacement: does the log-probability of the chosen completions fall? (real human ratings)
+Likelihood displacement: does the log-probability of the chosen completions fall? (people's texts, one word changed)
 
-Each loss trains on the same pairs of all four domains at the same learning rate and number of steps, so that losses
-differ in how far they get too: read the chosen log-ratio beside the accuracy.
+It is reported of pairs whose two texts hardly differ (2402.13228, 2410.11779), so here they differ in one word and its
+opposite (opposites.py), and each loss trains for eight epochs at one learning rate. The primary endpoint is the
+log-ratio of the chosen texts of held-out pairs at the end. Losses differ in how far they get: read it beside the
+margin and the accuracy, and along the epochs.
 
     python scripts/studies/displacement.py --size small
 """
@@ -12,59 +14,89 @@ from typing import Any
 
 import ratings
 import study
+import torch
+from opposites import near_identical
 
 
 METHODS = {
     "rdro": {"loss_type": "rdro"},
     "ddro, cap 0.9": {"loss_type": "ddro", "ddro_cap": 0.9},
     "kldpo, tau 0.3": {"loss_type": "kldpo", "kldpo_tau": 0.3},
-    "wdpo, rho 0.001": {"loss_type": "wdpo", "wdpo_rho": 0.001},
     "dpo": {"loss_type": "sigmoid"},
+    "cdpo, 0.1": {"loss_type": "cdpo", "label_smoothing": 0.1},
     "ipo": {"loss_type": "ipo"},
+    "dpop": {"loss_type": "dpop"},
     "bco_pair": {"loss_type": "bco_pair"},
-    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
     "kto": {"loss_type": "kto"},
     "sft": {"loss_type": "sft"},
 }
-SHARES = dict.fromkeys(ratings.DOMAINS, 1 / len(ratings.DOMAINS))
+RATE = 1e-3
+EPOCHS = (1, 3, 8)
+STEPS_PER_EPOCH = {"ci": 1, "small": 8, "full": 16}
+DRAWS = {"ci": 1, "small": 3, "full": 10}
+HELD_OUT = {"ci": 4, "small": 64, "full": 128}
+FIGURES = ("chosen", "rejected", "accuracy")
 
 
 def cells(size: str) -> list[dict[str, Any]]:
-    methods, seeds = (["rdro", "kto", "sft"], 1) if size == "ci" else (METHODS, 2 if size == "small" else 5)
-    return [{"method": method, "seed": seed} for seed in range(seeds) for method in methods]
+    methods = ("dpo", "kto", "sft") if size == "ci" else METHODS
+    return [{"method": method, "seed": seed} for seed in range(DRAWS[size]) for method in methods]
 
 
-def run(cell: dict[str, Any], folder: Path) -> dict[str, float]:
-    subject = ratings.Subject(cell, folder, ratings.quickstart_pairs())
-    scores = subject.train_and_score(METHODS[cell["method"]], subject.draw(SHARES))
-    return {**ratings.pair_figures(scores), "share_falling": (scores[:, 0] < 0).double().mean().item()}
+def run(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
+    size = cell["size"]
+    pairs = near_identical(ratings.quickstart_pairs())
+    subject = ratings.Subject(cell, folder, [pair["prompt"] + pair[side] for pair in pairs for side in ratings.SIDES])
+    steps = STEPS_PER_EPOCH[size]
+    trained = ratings.draw(pairs, steps * subject.size.pairs_per_step, cell["seed"])
+    tests = ratings.held_out(pairs, HELD_OUT[size])
+    options = {**METHODS[cell["method"]], "learning_rate": RATE}
+    at = [epoch * steps for epoch in EPOCHS]
+    result = {}
+    for epoch, scores in zip(EPOCHS, subject.train_and_score(options, trained, tests + trained, at), strict=True):
+        for name, logratios in (("", scores[: len(tests)]), ("trained_", scores[len(tests) :])):
+            result |= {f"{name}{figure}_{epoch}": value for figure, value in figures(logratios).items()}
+    return result
+
+
+def figures(logratios: torch.Tensor) -> dict[str, float]:
+    """Mean log-ratios, nats, of `(n, 2)`, and the share of pairs in order."""
+    chosen, rejected = logratios.double().T
+    means = (chosen.mean(), rejected.mean(), (chosen > rejected).double().mean())
+    return {name: mean.item() for name, mean in zip(FIGURES, means, strict=True)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    columns = ("chosen", "rejected", "share_falling", "accuracy")
+    last = EPOCHS[-1]
+    columns = [
+        *((f"chosen_{epoch}", "+.2f", f"chosen, epoch {epoch}") for epoch in EPOCHS),
+        (f"rejected_{last}", "+.2f", "rejected"),
+        (f"accuracy_{last}", ".3f", "accuracy"),
+        (f"trained_chosen_{last}", "+.2f", "trained on: chosen"),
+        (f"trained_rejected_{last}", "+.2f", "rejected"),
+    ]
     lines = [
-        [method, *(study.cell_text(members, column, "+.2f" if column in columns[:2] else ".2f") for column in columns)]
+        [method, *(study.cell_text(members, name, form) for name, form, _ in columns)]
         for (method,), members in study.group(rows, ["method"]).items()
     ]
-    header = ["method", "chosen log-ratio", "rejected log-ratio", "share of chosen that fell", "accuracy"]
-    return study.markdown(header, lines)
+    text = f"Log-ratios to the reference in nats, of held-out pairs and, after epoch {last}, of those trained on.\n\n"
+    return text + study.markdown(["method", *(title for _, _, title in columns)], lines)
 
 
 def draw(rows: list[dict[str, Any]]):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    methods = study.group(rows, ["method"])
-    for shift, side in ((-0.1, "chosen"), (0.1, "rejected")):
-        means, errors = zip(*(study.mean_and_error(members, side) for members in methods.values()), strict=True)
-        xs = [x + shift for x in range(len(methods))]
-        axes.errorbar(xs, means, [error or 0.0 for error in errors], fmt="o", label=side)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(methods)), [method for (method,) in methods], rotation=20, ha="right")
-    axes.set(title="held-out log-ratio to the reference model", ylabel="nats")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    for axes, side in zip(figure.subplots(1, 2, sharey=True), ratings.SIDES, strict=True):
+        for i, ((method,), members) in enumerate(study.group(rows, ["method"]).items()):
+            means, errors = zip(*(study.mean_and_error(members, f"{side}_{epoch}") for epoch in EPOCHS), strict=True)
+            xs, style = [0, *EPOCHS], "-" if i < 5 else "--"
+            axes.errorbar(xs, [0, *means], [0, *(error or 0 for error in errors)], linestyle=style, label=method)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set(title=f"{side} texts of held-out pairs", xlabel="epochs", ylabel="log-ratio to the reference, nats")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     return figure
 
 

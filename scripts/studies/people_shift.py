@@ -1,82 +1,111 @@
 """
-Whose preferences count: train where one domain dominates, test on all four (real human ratings).
+Whose preferences count: a minority that wants the opposite, and is marked (real human ratings).
 
-Runs draw their pairs from film reviews (85 %), product reviews, tweets and editorials (5 % each) and are tested on as
-many pairs of each domain. Raters differ between domains in what they call positive, and in how far they agree. The
-question is whether the distributionally robust losses do better in the domain where the policy does worst.
+Of the training pairs 85 % are Ann's, who prefers the text that people rated positive, and 15 % Bob's, who prefers the
+other; the prompt says for whom the text is ("Write a tweet for Bob:"). The policy is tested on the same held-out pairs
+for both. Nothing but the mark tells a policy whose pair it sees, so that it can do well for Bob only by learning from
+his few pairs what the mark means. The ratings are people's; that Bob prefers negative texts is our construction.
+
+The primary endpoint is the accuracy on Bob's pairs. A higher learning rate may reach Bob too, so DPO is trained at
+three, and the losses that promise to look after him at the one that turned out the best for DPO.
 
     python scripts/studies/people_shift.py --size small
 """
 
+import random
 from pathlib import Path
 from typing import Any
 
 import ratings
 import study
-import torch
 
 
-SHARES = {"film": 0.85, "product": 0.05, "tweet": 0.05, "editorial": 0.05}
+MINORITY = 0.15
+PERSONS = {"majority": "Ann", "minority": "Bob"}
 METHODS = {
     "dpo": {"loss_type": "sigmoid"},
-    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
-    "kldpo, tau 0.3": {"loss_type": "kldpo", "kldpo_tau": 0.3},
-    "kldpo, tau 0.1": {"loss_type": "kldpo", "kldpo_tau": 0.1},
-    "wdpo, rho 0.001": {"loss_type": "wdpo", "wdpo_rho": 0.001},
+    "kldpo": {"loss_type": "kldpo", "kldpo_tau": 0.1},
+    "grdpo": {"loss_type": "grdpo", "grdpo_eta": 0.01},
 }
+RATES = {"dpo": (1e-3, 2e-3, 3e-3), "kldpo": (3e-3,), "grdpo": (3e-3,)}
+STEPS = {"ci": 2, "small": 60, "full": 120}
 
 
 def cells(size: str) -> list[dict[str, Any]]:
-    methods, seeds = (["dpo", "kldpo, tau 0.3"], 1) if size == "ci" else (METHODS, 5)
-    return [{"method": method, "seed": seed} for seed in range(seeds) for method in methods]
+    methods = ("dpo", "grdpo") if size == "ci" else METHODS
+    return [
+        {"method": method, "rate": rate, "seed": seed}
+        for seed in range(ratings.SIZES[size].draws)
+        for method in methods
+        for rate in (RATES[method] if size != "ci" else RATES["dpo"][:1])
+    ]
 
 
-def run(cell: dict[str, Any], folder: Path) -> dict[str, float]:
-    subject = ratings.Subject(cell, folder, ratings.quickstart_pairs())
-    scores = subject.train_and_score(METHODS[cell["method"]], subject.draw(SHARES))
-    result = {}
-    for domain in ratings.DOMAINS:
-        figures = ratings.pair_figures(scores[torch.tensor([pair["domain"] == domain for pair in subject.test])])
-        result |= {f"accuracy_{domain}": figures["accuracy"], f"margin_{domain}": figures["margin"]}
-    for name in ("accuracy", "margin"):
-        values = [result[f"{name}_{domain}"] for domain in ratings.DOMAINS]
-        result |= {f"{name}_mean": sum(values) / len(values), f"{name}_worst": min(values)}
+def of(pair: ratings.Pair, group: str) -> ratings.Pair:
+    """The pair with the prompt and the preference of one of the two persons."""
+    pair = ratings.swapped(pair) if group == "minority" else pair
+    return {**pair, "prompt": f"Write a {ratings.kind_of_text(pair)} for {PERSONS[group]}:\n", "group": group}
+
+
+def training_pairs(pairs: list[ratings.Pair], n: int, seed: int) -> list[ratings.Pair]:
+    few = round(MINORITY * n)
+    drawn = [of(pair, "minority" if i < few else "majority") for i, pair in enumerate(ratings.draw(pairs, n, seed))]
+    random.Random(seed).shuffle(drawn)
+    return drawn
+
+
+def run(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
+    pairs = ratings.quickstart_pairs()
+    texts = [of(pair, group)["prompt"] + pair[side] for pair in pairs for group in PERSONS for side in ratings.SIDES]
+    subject = ratings.Subject(cell, folder, texts)
+    size, steps = subject.size, STEPS[cell["size"]]
+    trained = training_pairs(pairs, steps * size.pairs_per_step, cell["seed"])
+    tests = ratings.held_out(pairs, size.test_pairs)
+    scored = [of(pair, group) for group in PERSONS for pair in tests]
+    options = {**METHODS[cell["method"]], "learning_rate": cell["rate"]}
+    (scores,) = subject.train_and_score(options, trained, scored, at=(steps,))
+    result: dict[str, Any] = {}
+    for group, logratios in zip(PERSONS, scores.split(len(tests)), strict=True):
+        right = ratings.order(logratios)
+        margin = (logratios[:, 0] - logratios[:, 1]).mean().item()
+        result |= {group: ratings.accuracy(right), f"margin_{group}": margin, f"right_{group}": right}
     return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    baseline = {row["seed"]: row for row in rows if row["method"] == "dpo"}
+    by_cell = study.group(rows, ["method", "rate"])
+    dpo = {rate: members for (method, rate), members in by_cell.items() if method == "dpo"}
+    best = max(dpo, key=lambda rate: study.mean_and_error(dpo[rate], "minority")[0])
+    others = [key for key in by_cell if key != ("dpo", best)]
     lines = []
-    for (method,), members in study.group(rows, ["method"]).items():
-        line = [method]
-        for name in ("accuracy_worst", "accuracy_mean", "margin_worst", "margin_mean"):
-            differences = [{name: row[name] - baseline[row["seed"]][name]} for row in members]
-            line += [
-                study.cell_text(members, name),
-                study.cell_text(differences, name, "+.3f") if method != "dpo" else "",
-            ]
+    for (method, rate), members in by_cell.items():
+        line = [method, f"{rate:g}"]
+        for group in PERSONS:
+            line += [study.cell_text(members, group), study.cell_text(members, f"margin_{group}", "+.1f")]
+            line.append(
+                ratings.difference_text(members, dpo[best], f"right_{group}", len(others))
+                if (method, rate) in others
+                else ""
+            )
         lines.append(line)
-    header = ["method"]
-    for name in ("worst accuracy", "mean accuracy", "worst margin", "mean margin"):
-        header += [name, "less dpo's"]
-    return "Margins in nats. Differences are of the same seeds.\n\n" + study.markdown(header, lines)
+    header = ["method", "rate"]
+    for person in PERSONS.values():
+        header += [f"accuracy for {person}", "margin", f"less dpo's at {best:g}"]
+    text = "Margins in nats. Differences have intervals over draws and test pairs, together 95 % for each person.\n\n"
+    return text + study.markdown(header, lines)
 
 
 def draw(rows: list[dict[str, Any]]):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    methods = study.group(rows, ["method"])
-    for axes, name in zip(figure.subplots(1, 2), ("accuracy", "margin"), strict=True):
-        for i, part in enumerate([*ratings.DOMAINS, "worst", "mean"]):
-            figures = [study.mean_and_error(members, f"{name}_{part}") for members in methods.values()]
-            xs = [x + (i - 2.5) * 0.13 for x in range(len(methods))]
-            means, errors = zip(*figures, strict=True)
-            axes.errorbar(xs, means, [error or 0.0 for error in errors], fmt="os"[i > 3], color=f"C{i}", label=part)
-        axes.set_xticks(range(len(methods)), [method for (method,) in methods], rotation=20, ha="right")
-        axes.set(title=f"{name} by test domain, trained on {SHARES['film']:.0%} film")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, (group, person) in zip(figure.subplots(1, 2, sharey=True), PERSONS.items(), strict=True):
+        for (method,), members in study.group(rows, ["method"]).items():
+            study.error_bars(axes, members, "rate", group, label=method)
+        axes.axhline(0.5, color="black", linewidth=0.8)
+        axes.set(title=f"pairs for {person} ({group})", xlabel="learning rate", ylabel="held-out accuracy")
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend()
     return figure
 
 

@@ -5,24 +5,29 @@ People rated how positive each text is; that two texts make a pair is our constr
 log-probabilities are computed once and kept in the study's folder.
 
 The model is SmolLM2-135M-Instruct unless `--model` names another. At size "small" it has LoRA adapters on the last
-fifth of its layers only, and a vocabulary cut to the data (vocabulary.py), so that a run takes a CPU core a minute.
+fifth of its layers only, a vocabulary cut to the data (vocabulary.py), and what the layers below make of a text is
+kept (frozen_layers.py), so that a step of eight pairs takes a CPU core a second.
 """
 
 import json
 import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
 import study  # isort: skip  (makes the other scripts importable)
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from frozen_layers import freeze_first_layers
+from paired import two_way_interval
 from peft import LoraConfig
 from smollm2 import MODEL_NAME, model_directory
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from vocabulary import cut_vocabulary
 
 from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
@@ -33,29 +38,23 @@ from trl_rdro.tools import scoring
 
 SIDES = ("chosen", "rejected")
 UNPAIRED_LOSSES = ("kto", "apo_zero_unpaired")
-DOMAINS = ("film", "product", "tweet", "editorial")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of Llama and Qwen
 MAX_LENGTH = 256  # tokens, which no text reaches
 
 
 @dataclass
 class Size:
-    steps: int
     pairs_per_step: int
-    test_pairs: int  # of each domain
-    learning_rate: float  # of Adam, the same for all losses unless they say otherwise
+    test_pairs: int
+    draws: int
     lora_layers: float = 1.0  # share of the layers with adapters, the last ones
     cut_vocabulary: bool = False
 
-    @property
-    def train_pairs(self) -> int:
-        return self.steps * self.pairs_per_step
-
 
 SIZES = {
-    "ci": Size(steps=2, pairs_per_step=2, test_pairs=2, learning_rate=1e-3, cut_vocabulary=True),
-    "small": Size(steps=20, pairs_per_step=8, test_pairs=32, learning_rate=1e-3, lora_layers=0.2, cut_vocabulary=True),
-    "full": Size(steps=60, pairs_per_step=8, test_pairs=64, learning_rate=5e-4),
+    "ci": Size(pairs_per_step=2, test_pairs=8, draws=2, lora_layers=0.5, cut_vocabulary=True),
+    "small": Size(pairs_per_step=8, test_pairs=256, draws=5, lora_layers=0.2, cut_vocabulary=True),
+    "full": Size(pairs_per_step=8, test_pairs=256, draws=20),
 }
 Pair = dict[str, Any]
 
@@ -68,20 +67,19 @@ def quickstart_pairs() -> list[Pair]:
     return [{"split": split, **row} for split in ("train", "test") for row in load_quickstart(split)]
 
 
-def draw_pairs(pool: list[Pair], shares: dict[str, float], size: Size, seed: int) -> list[Pair]:
-    """The training pairs of a run: so many of each domain, without repetition, in random order, but that texts of
-    similar length are together, which saves padding."""
-    rng = random.Random(seed)
-    domains = study.group(pool, ["domain"])
-    total = size.train_pairs
-    counts = {domain: round(total * share) for domain, share in shares.items()}
-    counts[max(counts, key=counts.get)] += total - sum(counts.values())
-    pairs = [pair for domain, count in counts.items() for pair in rng.sample(domains[domain,], count)]
-    pairs.sort(key=lambda row: len(row["chosen"]) + len(row["rejected"]))
-    per_step = size.pairs_per_step
-    batches = [pairs[i : i + per_step] for i in range(0, total, per_step)]
-    rng.shuffle(batches)
-    return [pair for batch in batches for pair in batch]
+def draw(pairs: list[Pair], n: int, seed: int) -> list[Pair]:
+    """`n` training pairs of a run, without repetition and in random order."""
+    return random.Random(seed).sample([pair for pair in pairs if pair["split"] == "train"], n)
+
+
+def held_out(pairs: list[Pair], n: int) -> list[Pair]:
+    """The first `n` pairs of the test split, whose texts no training pair has."""
+    return [pair for pair in pairs if pair["split"] == "test"][:n]
+
+
+def kind_of_text(pair: Pair) -> str:
+    """ "film review", say: what the prompt asks for."""
+    return pair["prompt"].removeprefix("Write a positive ").removesuffix(":\n")
 
 
 def swapped(pair: Pair) -> Pair:
@@ -91,37 +89,39 @@ def swapped(pair: Pair) -> Pair:
 
 # Model
 
+_KEPT: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}  # by the model's path, for all cells of a process
+
 
 class Subject:
     """The model of a study, and the log-probability of each completion under it before training, kept in files."""
 
-    def __init__(self, cell: dict[str, Any], folder: Path, pairs: list[Pair]):
-        """`cell` names `model`, `size` and `seed`; `pairs` are all that the study has. `test` are those to score."""
+    def __init__(self, cell: dict[str, Any], folder: Path, texts: Sequence[str]):
+        """`cell` names `model`, `size` and `seed`; `texts` are all that the study has, prompts too."""
         self.size, self.seed = SIZES[cell["size"]], cell["seed"]
-        self.pairs, splits = pairs, study.group(pairs, ["split", "domain"])
-        self.test = [pair for domain in DOMAINS for pair in splits["test", domain][: self.size.test_pairs]]
         self.path = str(model_directory()) if cell["model"] == MODEL_NAME else cell["model"]
         if self.size.cut_vocabulary:
-            texts = [pair["prompt"] + pair[side] for pair in pairs for side in SIDES]
             self.path = cut_vocabulary(self.path, texts, folder / "model")
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
         self.record = folder / "reference.jsonl"
         lines = study.read_lines(self.record)
         self.known = {(row["prompt"], row["completion"]): row["log_probability"] for row in lines}
 
-    def draw(self, shares: dict[str, float], split: str = "train") -> list[Pair]:
-        """Training pairs by the shares of the domains."""
-        pool = [pair for pair in self.pairs if pair["split"] == split]
-        return draw_pairs(pool, shares, self.size, self.seed)
-
     def load(self) -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.bfloat16)
+
+    def freeze(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model whose layers below the adapters are computed once for each text."""
+        frozen = self._first_adapted(model.config.num_hidden_layers)
+        return freeze_first_layers(model, frozen, _KEPT.setdefault(self.path, {})) if frozen else model
+
+    def _first_adapted(self, layers: int) -> int:
+        return layers - max(1, round(self.size.lora_layers * layers))
 
     def reference(self, pairs: list[Pair]) -> torch.Tensor:
         """The log-probabilities of chosen and rejected completions before training, `(n, 2)`."""
         missing = [pair for pair in pairs if any((pair["prompt"], pair[side]) not in self.known for side in SIDES)]
         if missing:
-            model = self.load().to(PartialState().device)
+            model = self.freeze(self.load().to(PartialState().device))
             trl_compat.add_fused_lm_head(model)
             with open(self.record, "a") as file:
                 for pair, both in zip(missing, self.log_probabilities(model, missing).tolist(), strict=True):
@@ -138,53 +138,74 @@ class Subject:
         assert rows.dropped == rows.truncated == 0
         return scoring.completion_logps(model.eval(), rows, batch_size=16, description="scoring")
 
-    def train_and_score(self, options: dict[str, Any], pairs: list[Pair]) -> torch.Tensor:
-        """Train on `pairs` with the config fields `options`. Returns the log-ratios of the test pairs, `(n, 2)`."""
+    def train_and_score(
+        self, options: dict[str, Any], pairs: list[Pair], scored: list[Pair], at: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """
+        Train on `pairs`, in steps of `size.pairs_per_step` in random order, to the last step of `at`.
+
+        Args:
+            options: config fields.
+
+        Returns:
+            The log-ratios of the pairs `scored` after each of the steps `at`, `(n, 2)`, in nats.
+        """
         unpaired = options["loss_type"] in UNPAIRED_LOSSES
+        whole = options["loss_type"] == "wdpo"  # which needs gradients of the token embeddings
         model = self.load()
+        adapters = self._adapters(model.config.num_hidden_layers, whole)
         gpu = torch.cuda.is_available()
         trainer_class, config_class = (KTOTrainer, KTOConfig) if unpaired else (DPOTrainer, DPOConfig)
+        scores = []
         with tempfile.TemporaryDirectory() as output_dir:
             config = config_class(
                 output_dir=output_dir,
-                max_steps=self.size.steps,
+                max_steps=at[-1],
                 per_device_train_batch_size=self.size.pairs_per_step * (2 if unpaired else 1),
-                lr_scheduler_type="cosine",
+                lr_scheduler_type="constant_with_warmup" if len(at) > 1 else "cosine",
                 warmup_steps=2,
                 max_length=MAX_LENGTH,
-                train_sampling_strategy="sequential",  # `draw_pairs` has shuffled
                 precompute_ref_log_probs=True,
                 seed=self.seed,
-                **{**study.TINY_RUN, "use_cpu": not gpu, "bf16": gpu},
-                **{"learning_rate": self.size.learning_rate, **options},
+                **{**study.TINY_RUN, "use_cpu": not gpu, "bf16": gpu, **options},
             )
             trainer = trainer_class(
-                model,
+                model if whole else self.freeze(model),
                 args=config,
                 train_dataset=self._labels(pairs) if unpaired else self._pairs(pairs),
                 processing_class=self.tokenizer,
-                peft_config=self._adapters(model.config.num_hidden_layers),
+                peft_config=adapters,
             )
-            study.train(trainer)
-        return self.log_probabilities(trainer.model, self.test) - self.reference(self.test)
+            if len(at) > 1:
+                trainer.add_callback(_Score(at, lambda: scores.append(self._log_ratios(trainer.model, scored))))
+                study.train(trainer)
+            else:
+                study.train(trainer)
+                if whole:  # scored as all the others are, down to the rounding
+                    self.freeze(trainer.model.get_base_model())
+                scores.append(self._log_ratios(trainer.model, scored))
+        return scores
 
-    def _adapters(self, layers: int) -> LoraConfig:
-        first = layers - max(1, round(self.size.lora_layers * layers))
+    def _log_ratios(self, model: torch.nn.Module, pairs: list[Pair]) -> torch.Tensor:
+        return self.log_probabilities(model, pairs) - self.reference(pairs)
+
+    def _adapters(self, layers: int, whole: bool) -> LoraConfig:
+        first = self._first_adapted(layers)
         return LoraConfig(
             r=16,
             lora_alpha=32,
             target_modules=PROJECTIONS,
-            layers_to_transform=list(range(first, layers)),
+            layers_to_transform=list(range(first, layers)) if whole else list(range(layers - first)),
             task_type="CAUSAL_LM",
         )
 
     def _pairs(self, pairs: list[Pair]) -> Dataset:
-        columns = {column: [pair[column] for pair in pairs] for column in ("prompt", *SIDES)}
+        columns = [column for column in ("prompt", *SIDES, "group") if column in pairs[0]]
         chosen, rejected = self.reference(pairs).T.tolist()
-        return Dataset.from_dict({**columns, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
+        reference = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        return Dataset.from_dict({column: [pair[column] for pair in pairs] for column in columns} | reference)
 
     def _labels(self, pairs: list[Pair]) -> Dataset:
-        # The completions of a pair one after the other, so that steps see the same texts as with pairs
         return Dataset.from_list(
             [
                 {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
@@ -194,7 +215,35 @@ class Subject:
         )
 
 
-def pair_figures(logratios: torch.Tensor) -> dict[str, float]:
-    """Accuracy and mean margin of `(n, 2)` log-ratios of chosen and rejected completions, and the mean of each."""
-    figures = scoring.pair_figures(logratios)
-    return {name: figures[name]["mean"] for name in ("accuracy", "margin", "chosen", "rejected")}
+class _Score(TrainerCallback):
+    def __init__(self, at, score):
+        self.at, self.score = at, score
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step in self.at:
+            self.score()
+            model.train()
+
+
+# Figures
+
+
+def order(logratios: torch.Tensor) -> str:
+    """For each of `(n, 2)` log-ratios of chosen and rejected completions "1" if the chosen one's is larger, or "0"."""
+    return "".join("01"[chosen > rejected] for chosen, rejected in logratios.tolist())
+
+
+def accuracy(right: str) -> float:
+    return right.count("1") / len(right)
+
+
+def right_table(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    """The strings of `order` under `name`, one draw a row, `(draws, test pairs)`."""
+    return np.array([[int(digit) for digit in row[name]] for row in sorted(rows, key=lambda row: row["seed"])])
+
+
+def difference_text(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], name: str, comparisons: int) -> str:
+    """How much more often ours are right than theirs, with the interval of `two_way_interval`, for a table."""
+    differences = right_table(ours, name) - right_table(theirs, name)
+    low, high = two_way_interval(differences, comparisons)
+    return f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -220,7 +220,7 @@ def write_results(study: Study, rows: list[Row], folder: Path, command: str) -> 
 
     lines = list(read_lines(folder / "cells.jsonl"))
     settings = [name for name in columns if name in lines[0]["cell"] and name != "seed"]
-    measured = [name for name in columns if name in lines[0]["result"]]
+    measured = [name for name in columns if isinstance(lines[0]["result"].get(name), int | float)]
     summary = []
     for values, members in group(rows, settings).items():
         figures = {}

@@ -83,8 +83,8 @@ def test_a_straight_judge_with_a_1_collapses_and_the_run_stops_itself(tmp_path):
 def test_pass_or_fail_with_tossed_ties_goes_to_the_answers_that_pass(tmp_path, method):
     """rdro on what the policy drew itself. A round takes the pass rate s to s (2 - s), the share of the winners of
     random pairs, so that the failures' share is squared; with ties dropped the reference would be no mixture."""
-    policies = run_rounds_of_rdro(tmp_path, method, shares=(0.2, 0.3, 0.5), rounds=5)
+    policies = run_rounds_of_rdro(tmp_path, method, shares=(0.2, 0.3, 0.5), rounds=4)
     passing = policies[:, 0]
     for before, after in zip(passing, passing[1:], strict=False):
         assert after == pytest.approx(before * (2 - before), abs=0.06)
-    assert passing[0] == pytest.approx(0.2, abs=1e-3) and passing[-1] > 0.97
+    assert passing[0] == pytest.approx(0.2, abs=1e-3) and passing[-1] > 0.9
