@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_rdro import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl_rdro.tools.plotting import plot_run
 from trl_rdro.trainers.start import distance_from_reference, share_that_cannot_move
 
 from ..tiny import tiny_preferences, tiny_qwen2, tiny_tokenizer
@@ -171,7 +172,7 @@ def test_an_override_that_is_never_called_is_said(qwen2, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "rdro", "kto"])
-def test_metrics_of_several_evaluation_sets_carry_their_names(qwen2, tmp_path, loss_type):
+def test_metrics_of_several_evaluation_sets_carry_their_names(qwen2, tmp_path, loss_type, figures):
     trainer = make(qwen2, tmp_path, loss_type)
     sets = {"easy": tiny_preferences(8, seed=1), "hard": tiny_preferences(8, seed=2)}
     trainer.eval_dataset = {
@@ -184,6 +185,8 @@ def test_metrics_of_several_evaluation_sets_carry_their_names(qwen2, tmp_path, l
     for name in sets:
         assert {f"eval_{name}_loss", f"eval_{name}_rewards/chosen"} <= logged
     assert "eval_rewards/chosen" not in logged
+    plot_run(trainer.state.log_history, tmp_path / "curves.png")
+    assert [line.get_label() for line in figures[0].axes[0].lines] == ["held-out (easy)", "held-out (hard)"]
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "rdro", "kldpo"])
