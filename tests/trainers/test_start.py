@@ -113,18 +113,25 @@ def test_distance_by_hand():
     assert distance_from_reference({"rewards/chosen": 0.001}, 0.1, torch.float32) is None
 
 
-def test_parameters_that_cannot_move_are_counted(qwen2, tmp_path, caplog):
+def test_parameters_that_cannot_move_are_counted():
     linear = torch.nn.Linear(2, 2, bias=False)
     linear.weight.data = torch.tensor([[1.0, 1e-3], [0.5, 0.0]])
     assert share_that_cannot_move(linear, 1e-6) == 0
     linear.bfloat16()
     # The last digits are 2^-7, 2^-17, 2^-8: an update of 1e-5 reaches half of the second, and moves the zero
     assert share_that_cannot_move(linear, 1e-5) == 0.5
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "rdro", "kto"])
+@pytest.mark.parametrize("start", ["at the reference", "elsewhere", "with noise"])
+def test_a_rate_that_moves_nothing_is_said_wherever_a_run_starts(qwen2, tmp_path, caplog, loss_type, start):
+    ref_model = tiny_qwen2(seed=1, dtype=torch.bfloat16) if start == "elsewhere" else None
+    noise = {"neftune_noise_alpha": 5.0} if start == "with noise" else {}
     for rate, stuck in ((5e-7, True), (1e-1, False)):
         caplog.clear()
         model = AutoModelForCausalLM.from_pretrained(qwen2, dtype="bfloat16")
-        make(model, tmp_path, "rdro", learning_rate=rate).train()
-        assert ("cannot move" in warnings_of(caplog)) == stuck
+        make(model, tmp_path, loss_type, ref_model=ref_model, learning_rate=rate, **noise).train()
+        assert warnings_of(caplog).count("cannot move") == stuck
 
 
 # Finite

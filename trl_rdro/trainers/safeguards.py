@@ -29,6 +29,7 @@ class Safeguards(Checkpoints):
 
     # Whether a run that is not resumed starts with the policy equal to the reference
     _starts_at_reference = True
+    _rate_was_looked_at = False
 
     def _set_up_safeguards(self, model: Any, given_reference: bool) -> None:
         require_trainable(self.model)
@@ -115,6 +116,9 @@ class Safeguards(Checkpoints):
             self._starts_at_reference = False  # looked at once
             if not noise.was_drawn_from():
                 self._look_at_the_start()
+        if not self._rate_was_looked_at:
+            self._rate_was_looked_at = True
+            self._look_at_the_rate()
         return loss
 
     def _look_at_the_start(self) -> None:
@@ -123,6 +127,8 @@ class Safeguards(Checkpoints):
         if distance := distance_from_reference(metrics, self.beta, dtype):
             has_columns = self._brings_reference(self.train_dataset)
             self._guard_rails.warn_once("first step", first_step_sentence(distance, has_columns))
+
+    def _look_at_the_rate(self) -> None:
         stuck = share_that_cannot_move(self.model, self.args.learning_rate)
         if stuck > MANY_STUCK and not self.is_deepspeed_enabled:  # which trains float32 copies
             self._guard_rails.warn_once(
