@@ -151,6 +151,18 @@ def test_parameters_that_are_not_finite_end_the_run_by_name(qwen2, tmp_path, los
         make(poisoned(), tmp_path, loss_type, ref_model=tiny_qwen2()).train()
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_loss_of_trls_beside_ours_that_is_not_finite_ends_the_run(tmp_path, scaled):
+    """`discopop` is 0 times exp(-beta h) where h is far below 0. With a loss scale the norm of its gradient is not
+    looked at."""
+    settings = {"loss_weights": [1.0, 1.0], "beta": 100.0, "ref_model": tiny_qwen2(seed=1)}
+    trainer = make(tiny_qwen2(seed=0), tmp_path, ["rdro", "discopop"], **settings)
+    trainer.args.fp16 = scaled
+    found = "loss" if scaled else "gradient norm"
+    with pytest.raises(FloatingPointError, match=rf"The {found} at step \d is not finite"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("loss_type", ["sigmoid", "rdro"])
 @pytest.mark.parametrize("clipping", [0.0, 1.0])
 def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_applied(qwen2, tmp_path, loss_type, clipping):

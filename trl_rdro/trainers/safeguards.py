@@ -109,8 +109,10 @@ class Safeguards(Checkpoints):
         is_first = self.state.global_step == 0 and self._starts_at_reference and self._resumed_from is None
         noise = NoiseState(self.accelerator.device) if is_first else None
         loss = super().training_step(*args, **kwargs)
-        # Ours were looked at before the backward pass
-        if not self._ours and not math.isfinite(trl_compat.mean_over_ranks(self, {"loss": loss})["loss"]):
+        # Ours were looked at before the backward pass, and of TRL's beside them the gradient is, but for these
+        is_mixed = len(getattr(self, "loss_types", self._ours)) > len(self._ours)
+        is_unseen = not self._ours or (is_mixed and (self.args.fp16 or self.is_deepspeed_enabled))
+        if is_unseen and not math.isfinite(trl_compat.mean_over_ranks(self, {"loss": loss})["loss"]):
             raise NotFinite(f"The loss at step {self.state.global_step + 1} is not finite. " + self._why_not_finite())
         if noise is not None:
             self._starts_at_reference = False  # looked at once
