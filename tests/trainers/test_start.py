@@ -48,7 +48,7 @@ def test_a_frozen_adapter_is_refused(qwen2, tmp_path, loss_type):
         make(model, tmp_path, loss_type)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "rdro", "kldpo"])
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_the_reference_pass_leaves_frozen_adapter_weights_frozen(qwen2, tmp_path, loss_type):
     model = get_peft_model(
         tiny_qwen2(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
@@ -177,16 +177,20 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_applied(qwen2, 
 # Other
 
 
-def test_an_override_that_is_never_called_is_said(qwen2, tmp_path, caplog):
-    class Mine(DPOTrainer):
+@pytest.mark.parametrize(
+    ("base", "config", "theirs"), [(DPOTrainer, DPOConfig, "sigmoid"), (KTOTrainer, KTOConfig, "apo_zero_unpaired")]
+)
+def test_an_override_that_is_never_called_is_said(qwen2, tmp_path, caplog, base, config, theirs):
+    class Mine(base):
         def _compute_loss(self, *args, **kwargs):
             return super()._compute_loss(*args, **kwargs)
 
-    make(qwen2, tmp_path, "rdro", trainer=Mine)
+    given = {"train_dataset": tiny_preferences(16)}
+    make_trainer(qwen2, tmp_path, Mine, given, config, loss_type="rdro")
     assert "`Mine._compute_loss` is not called with rdro" in warnings_of(caplog)
     caplog.clear()
-    make(qwen2, tmp_path, "sigmoid", trainer=Mine)
-    make(qwen2, tmp_path, "rdro")
+    make_trainer(qwen2, tmp_path, Mine, given, config, loss_type=theirs)
+    make_trainer(qwen2, tmp_path, base, given, config, loss_type="rdro")
     assert "is not called" not in warnings_of(caplog)
 
 
