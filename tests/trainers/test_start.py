@@ -13,7 +13,7 @@ from trl_rdro.tools.plotting import plot_run
 from trl_rdro.trainers.start import distance_from_reference, share_that_cannot_move
 
 from ..tiny import tiny_preferences, tiny_qwen2, tiny_tokenizer
-from ..training import make_trainer
+from ..training import labelled, make_trainer
 
 
 LOSSES = ["sigmoid", "rdro", "kldpo", "wdpo", "kto"]
@@ -81,9 +81,17 @@ def test_a_model_changed_in_memory_does_not_start_at_its_reference(qwen2, tmp_pa
     assert "changed in memory" in warnings_of(caplog)
 
 
-def test_wrong_reference_columns_are_named(qwen2, tmp_path, caplog):
-    data = tiny_preferences(16).map(lambda row: {"ref_chosen_logps": -3.0, "ref_rejected_logps": -2.0})
-    make(qwen2, tmp_path, "rdro", data, precompute_ref_log_probs=True).train()
+@pytest.mark.parametrize(
+    ("trainer", "config", "data", "columns"),
+    [
+        (DPOTrainer, DPOConfig, tiny_preferences(16), ("ref_chosen_logps", "ref_rejected_logps")),
+        (KTOTrainer, KTOConfig, labelled(8, 8), ("ref_logps",)),
+    ],
+)
+def test_wrong_reference_columns_are_named(qwen2, tmp_path, caplog, trainer, config, data, columns):
+    given = {"train_dataset": data.map(lambda row: dict.fromkeys(columns, -3.0))}
+    settings = {"loss_type": "rdro", "precompute_ref_log_probs": True}
+    make_trainer(qwen2, tmp_path, trainer, given, config, **settings).train()
     assert "does not start at its reference" in warnings_of(caplog) and "in the data set" in warnings_of(caplog)
 
 
@@ -94,16 +102,17 @@ def test_a_given_reference_and_noise_are_not_complained_about(qwen2, tmp_path, c
     assert "does not start at its reference" not in warnings_of(caplog)
 
 
-def test_precomputed_log_probabilities_are_not_taken_from_other_settings(qwen2, tmp_path):
+@pytest.mark.parametrize("loss_type, column", [("rdro", "ref_chosen_logps"), ("apo_zero_unpaired", "ref_logps")])
+def test_precomputed_log_probabilities_are_not_taken_from_other_settings(qwen2, tmp_path, loss_type, column):
     """TRL's cache does not know max_length, by which completions are cut."""
     data = tiny_preferences(16).map(lambda row: {"chosen": 4 * row["chosen"]})
     data.to_json(tmp_path / "data.jsonl")
     data = Dataset.from_json(str(tmp_path / "data.jsonl"), cache_dir=str(tmp_path / "cache"))
     first = [
-        make(qwen2, tmp_path, "rdro", data, precompute_ref_log_probs=True, max_length=length).train_dataset[0]
+        make(qwen2, tmp_path, loss_type, data, precompute_ref_log_probs=True, max_length=length).train_dataset[0]
         for length in (256, 28)
     ]
-    assert first[0]["ref_chosen_logps"] != first[1]["ref_chosen_logps"]
+    assert first[0][column] != first[1][column]
 
 
 def test_distance_by_hand():
