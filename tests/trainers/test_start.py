@@ -160,6 +160,12 @@ def test_parameters_that_are_not_finite_end_the_run_by_name(qwen2, tmp_path, los
         make(poisoned(), tmp_path, loss_type, ref_model=tiny_qwen2()).train()
 
 
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_so_do_those_of_the_reference(tmp_path, loss_type):
+    with pytest.raises(FloatingPointError, match=r"1 of the reference model's parameters .*layers\.1\.mlp\.up_proj"):
+        make(tiny_qwen2(), tmp_path, loss_type, ref_model=poisoned()).train()
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_loss_of_trls_beside_ours_that_is_not_finite_ends_the_run(tmp_path, scaled):
     """`discopop` is 0 times exp(-beta h) where h is far below 0. With a loss scale the norm of its gradient is not

@@ -157,6 +157,11 @@ class Safeguards(Checkpoints):
                 f"{samples}{len(bad)} of the model's parameters are not finite themselves, {bad[0]} first. The run "
                 f"began with {origin}: look at the parameters there, and go on from an older checkpoint."
             )
+        if self.ref_model is not None and (bad := non_finite_parameters(self.ref_model, trained_only=False)):
+            return (
+                f"{samples}{len(bad)} of the reference model's parameters are not finite, {bad[0]} first: load it "
+                "anew, or give another."
+            )
         return (
             f"{samples}Look at the samples and at the precision: float16 overflows where bfloat16 does not. The "
             "model's parameters are finite."
