@@ -9,10 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    PreTrainedTokenizerFast,
     Qwen2ForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
@@ -285,6 +288,29 @@ def test_a_text_with_a_token_beyond_the_embeddings(model, tmp_path):
         DPOTrainer(
             str(model), args=args, train_dataset=tiny_preferences(4), eval_dataset=rows, processing_class=tokenizer
         )
+
+
+@pytest.mark.parametrize("trainer_class, config", [(DPOTrainer, DPOConfig), (KTOTrainer, KTOConfig)])
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, "the data are text, and the tokenizer has no end token"),
+        ({"eos_token": "<end>"}, "No prompt of the prepared `train_dataset` has tokens: the tokenizer knows nothing"),
+        ({"chat_template": "{{ messages[-1].content }}"}, "row 0 .*the tokenizer knows nothing"),
+    ],
+    ids=["text without an end", "text", "messages"],
+)
+def test_a_tokenizer_that_knows_no_text(model, tmp_path, trainer_class, config, settings, found):
+    """Given, it may be as small as its user likes, but every completion would be the same."""
+    empty = Tokenizer(BPE(vocab={"<pad>": 0, "<end>": 1}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=empty, pad_token="<pad>", **settings)
+    rows = tiny_preferences(4)
+    if "chat_template" in settings:
+        role = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        rows = [{key: [{"role": role[key], "content": row[key]}] for key in role} for row in rows]
+    args = config(**cpu_args(output_dir=str(tmp_path / "out"), loss_type="rdro"))
+    with pytest.raises(ValueError, match=f"(?i){found}"):
+        trainer_class(str(model), args=args, train_dataset=Dataset.from_list(list(rows)), processing_class=tokenizer)
 
 
 def test_weights_of_an_adapter_that_were_cut_short(sound, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import statistics
 
 import pytest
@@ -258,6 +259,14 @@ def test_another_vocabulary_is_refused(score, models, tmp_path):
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(other)
     assert "another vocabulary" in score(ROWS, "--model", models["policy"], "--ref", other)
+
+
+def test_a_tokenizer_without_an_end_is_refused(score, models, tmp_path):
+    policy = shutil.copytree(models["policy"], tmp_path / "endless")
+    settings = json.loads((policy / "tokenizer_config.json").read_text())
+    (policy / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    for rows in (ROWS, UNPAIRED):
+        assert "has no end token" in score(rows, "--model", policy, "--ref", models["reference"])
 
 
 @pytest.mark.parametrize(

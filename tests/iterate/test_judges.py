@@ -131,6 +131,44 @@ def module(tmp_path, monkeypatch):
     return write
 
 
+FORMS = {
+    "a function": "def f(completions, **_): return [{0}] * len(completions)\n",
+    "an object": """
+class Scorer:
+    def __call__(self, completions, **_): return [{0}] * len(completions)
+f = Scorer()
+""",
+    "a partial": """
+import functools
+def score(completions, value, **_): return [value] * len(completions)
+f = functools.partial(score, value={0})
+""",
+    "a decorated one": """
+def logged(function):
+    def wrapper(**arguments): return function(**arguments)
+    return wrapper
+@logged
+def f(completions, **_): return [{0}] * len(completions)
+""",
+    "a made one": """
+def make(value):
+    def score(completions, **_): return [value] * len(completions) if completions else score(completions=["a"])
+    return score
+f = make({0})
+""",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_text_is_another_judge(form, module):
+    """Of the same name: a run is not continued with it."""
+    first, same, other = (
+        RewardFunctions([load_function(f"{module(FORMS[form].format(value))}.f")], None) for value in (1.0, 1.0, 2.0)
+    )
+    assert [judge.rewards(ROWS, ["a", "b"]) for judge in (first, same, other)] == [[1, 1], [1, 1], [2, 2]]
+    assert first.source() == same.source() != other.source()
+
+
 IMPORTS = {
     "syntax error": ("def f(:\n", "SyntaxError"),
     "raises": ("x = 1\nraise RuntimeError('no')\n", "RuntimeError: no"),

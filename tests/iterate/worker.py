@@ -97,7 +97,7 @@ def run(model: str, output_dir: str, moment: str | None = None, signum: int = si
 
 
 def run_and_wait(model: str, output_dir: str, reached: str, release: str) -> None:
-    """The whole loop, which in its second round makes the file `reached` and goes on when there is a file `release`."""
+    """The loop, which in its second round makes the file `reached` and goes on when there is a file `release`."""
 
     def wait():
         Path(reached).touch()

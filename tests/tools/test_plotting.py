@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_rdro.tools.plotting import plot_log_history
+from trl_rdro.tools.plotting import plot_log_history, plot_run
 
 from ..helpers import is_png
 
@@ -50,6 +50,26 @@ def test_every_logged_point_is_drawn(tmp_path, figures):
         "b rejected train",
     ]
     assert len(accuracy.lines) == 3
+
+
+def test_several_evaluation_sets_are_told_apart(tmp_path, figures):
+    """By their names, which may hold anything; what only looks like a set's metric is none."""
+    sets = {"eval_easy_": 1.3, "eval_hard_loss_": 1.4}
+    history = [{"step": 1, "loss": 1.39}] + [
+        {"step": 1, f"{prefix}loss": loss, f"{prefix}wdpo/gap": loss, f"{prefix}runtime": 0.1}
+        for prefix, loss in sets.items()
+    ]
+    history.append({"step": 1, "eval_easy_aux_loss": 7.0})
+    plot_run(history, tmp_path / "curves.png")
+    drawn = {
+        axes.get_title(): {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        for axes in figures[0].axes
+    }
+    assert drawn == {
+        "loss": {"train": [[1, 1.39]], "held-out (easy)": [[1, 1.3]], "held-out (hard_loss)": [[1, 1.4]]},
+        "wdpo: error of the central difference": {"held-out (easy)": [[1, 1.3]], "held-out (hard_loss)": [[1, 1.4]]},
+    }
+    assert len({line.get_marker() for line in figures[0].axes[0].lines}) == 3
 
 
 def test_a_panel_without_data_says_so(tmp_path, figures):

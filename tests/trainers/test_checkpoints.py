@@ -367,6 +367,19 @@ def test_parameters_that_are_not_finite_are_not_saved(qwen2, tmp_path, loss_type
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "rdro"])
+def test_nor_after_the_last_step(qwen2, tmp_path, loss_type):
+    """What it does to the parameters is in no loss. Adam without its epsilon divides 0 by 0 where a token does not
+    occur."""
+    settings = {"save_strategy": "no", "loss_type": loss_type, "adam_epsilon": 0.0, "max_steps": 1}
+    trainer = make(qwen2, tmp_path, **settings)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"]) and non_finite_parameters(trainer.model)
+    with pytest.raises(FloatingPointError, match="not finite at step 1 .* and are not saved: there is no complete"):
+        trainer.save_model()
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_a_checkpoint_with_parameters_that_are_not_finite_is_named(qwen2, tmp_path):
     trainer = make(qwen2, tmp_path)
     trainer.train()

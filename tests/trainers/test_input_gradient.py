@@ -283,17 +283,21 @@ def test_the_step_is_never_so_large_that_the_base_losss_gradient_is_off():
             assert step.relative_step(dtype) == min(scale * default, 2e-2)
 
 
-def test_a_pair_with_a_large_margin_has_a_direction(models, tmp_path):
-    """In float32 the squares of its gradient vanish. Beside another loss its direction must still be a unit vector."""
-    trainer = moved_trainer(models["qwen2", False], tmp_path, loss_type=["wdpo", "rdro"], beta=1.0)
+@pytest.mark.parametrize("shift", [-100.0, -135.0, -1000.0])
+@pytest.mark.parametrize("other", ["rdro", "sft"])
+def test_a_pair_with_a_large_margin_has_a_direction(models, tmp_path, other, shift):
+    """In float32 the squares of its gradient vanish, then its gradient. Beside another loss its direction must still
+    be a unit vector, or 0 where nothing is left."""
+    trainer = moved_trainer(models["qwen2", False], tmp_path, loss_type=["wdpo", other], beta=1.0)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.compute_ref_log_probs = lambda _model, inputs: tuple(
-        torch.full((len(inputs["input_ids"]) // 2,), shift) for shift in (-100.0, -30.0)
+        torch.full((len(inputs["input_ids"]) // 2,), value) for value in (shift, -30.0)
     )
     _, found = trained_gradients(trainer, batch)
     metrics = trainer._metrics["train"]
-    assert 0 < metrics["wdpo/grad_norm"][-1] < 1e-25  # beta h is about 70
-    assert metrics["wdpo/gap"][-1] < 0.05
+    norm, gap = metrics["wdpo/grad_norm"][-1], metrics["wdpo/gap"][-1]
+    assert norm < 1e-25 and gap < 0.05
+    assert (norm > 0) == (shift > -1000)  # beta h is about 70, 105 and 970
     trainer.args.wdpo_rho = 0.0
     _, without = trained_gradients(trainer, batch)
     assert compare(found, without)[1] < 1e-2

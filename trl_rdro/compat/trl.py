@@ -22,6 +22,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
 from trl.trainer.utils import get_config_model_id
 
+from ..checks.prepared import require_end
 from .checkpointing import quiet_checkpointing
 from .engines import settle_fsdp2
 from .trl_trainer import TrlTrainer
@@ -165,7 +166,11 @@ def prepare_dataset(method: str, dataset: Any, processing_class: Any, args: Any)
     Returns:
         The data set with `prompt_ids` and `chosen_ids`, `rejected_ids` or `completion_ids` added and the rows without
         room for a completion dropped; and the collator that truncates and pads its rows.
+
+    Raises:
+        `UserError`: for text, if the tokenizer has no end token.
     """
+    require_end(dataset, processing_class)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     trainer_class: Any = {"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer}[method]
     trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)

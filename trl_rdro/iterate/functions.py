@@ -4,6 +4,7 @@ Functions of the user: found by their dotted path, called, and their answers che
 Whatever goes wrong in one is the user's to mend: a `UserError` names the function, and the place in it.
 """
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -26,12 +27,26 @@ def name_of(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def source_of(function: Callable) -> str:
-    """The text of a function, or of the class of one that is called; its name where there is no text."""
+def source_of(function: Callable, outer: tuple = ()) -> str:
+    """The text of a function, or of the class of one that is called, and what a `partial`, a decorator or the function
+    that made it has put into it; its name where there is no text."""
     try:
-        return inspect.getsource(function if hasattr(function, "__code__") else type(function))
+        text = inspect.getsource(function if hasattr(function, "__code__") else type(function))
     except (OSError, TypeError):  # compiled, or typed in
-        return name_of(function)
+        text = name_of(function)
+    outer = (*outer, function)  # a function may hold itself
+    for value in _held_by(function):
+        if isinstance(value, str | int | float | None):
+            text += repr(value)
+        elif callable(value) and value not in outer:
+            text += source_of(value, outer)
+    return text
+
+
+def _held_by(function: Any) -> list[Any]:
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args, *itertools.chain(*sorted(function.keywords.items()))]
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
 
 
 def load_function(path: str) -> Callable[..., list[float]]:

@@ -34,8 +34,8 @@ class Judge:
     functions: Sequence[Callable] = ()
 
     def source(self) -> str | None:
-        """A checksum of the text of its functions (not of what they call), or None for a file of labels, which may
-        grow."""
+        """A checksum of the text of its functions and of what they hold (not of what they call), or None for a file of
+        labels, which may grow."""
         texts = [source_of(function) for function in self.functions]
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12] if texts else None
 

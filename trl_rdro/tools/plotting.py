@@ -6,6 +6,7 @@ Curves of a run as a PNG, from the log history that every `transformers` trainer
     plot_run({"rdro": history, "ddro": other_history}, "curves.png")  # with panels for all else that was logged
 """
 
+import re
 from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..losses.types import LOSS_TYPES
 from .run_logs import is_number
 
 
-# Title and, as in the trainers' logs, the metrics of each panel. Evaluation metrics have the prefix "eval_".
+# Title and, as in the trainers' logs, the metrics of each panel. Those of evaluations have a prefix.
 PANELS = {
     "loss": ("loss",),
     "log-ratio to the reference (nats)": ("logratios/chosen", "logratios/rejected"),
@@ -51,6 +52,7 @@ MORE_PANELS = {
 }
 COLUMNS = 3
 LINE_STYLES = ("-", "--", ":", "-.")  # of a panel's first, second, ... metric
+MARKERS = ("o", "s", "^", "D", "v")  # of the first, second, ... evaluation set
 LogHistory = list[dict[str, Any]]
 
 
@@ -127,20 +129,29 @@ def logged_metrics(log_history: LogHistory | Mapping[str, LogHistory]) -> set[st
     """The metrics in one or several histories, those of evaluations without their prefix."""
     histories = log_history.values() if isinstance(log_history, Mapping) else [log_history]
     return {
-        key.removeprefix("eval_")
+        key.removeprefix(prefix)
         for history in histories
+        for prefix in _evaluations(history)
         for row in history
         for key, value in row.items()
         if is_number(value)
     }
 
 
+def _evaluations(history: LogHistory) -> dict[str, str]:
+    """The prefixes of evaluation metrics, and what a legend calls them: of one set, and of each of several, which has
+    its name in the prefix. Each evaluation logs its `runtime`, which tells a name from the beginning of a metric."""
+    found = (re.fullmatch(r"eval_(.+)_runtime", key) for row in history for key in row)
+    return {"eval_": "held-out", **{f"eval_{match[1]}_": f"held-out ({match[1]})" for match in found if match}}
+
+
 def _draw(axes, history: LogHistory, metric: str, colour: str, style: str, label: str) -> None:
     """One metric of one run: a line for training, dots for evaluation."""
-    for key, kind, look in (
-        (metric, "train", {"linestyle": style}),
-        (f"eval_{metric}", "held-out", {"linestyle": "", "marker": "o", "markersize": 6}),
-    ):
+    dots: list[tuple[str, str, dict[str, Any]]] = [
+        (prefix + metric, name, {"linestyle": "", "marker": marker, "markersize": 6})
+        for (prefix, name), marker in zip(_evaluations(history).items(), cycle(MARKERS), strict=False)
+    ]
+    for key, kind, look in ((metric, "train", {"linestyle": style}), *dots):
         points = [(row["step"], row[key]) for row in history if is_number(row.get(key))]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, label=f"{label} {kind}".strip(), **look)

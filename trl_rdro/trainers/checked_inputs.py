@@ -6,7 +6,7 @@ from ..checks.adapters import check_adapter_config
 from ..checks.datasets import check_dataset, check_evaluation, require_weight
 from ..checks.models import check_model, check_model_object, check_pad_token, check_tokenizer
 from ..checks.optimisation import check_optimisation
-from ..checks.prepared import check_prepared, warn_of_date
+from ..checks.prepared import check_prepared, require_end, warn_of_date
 from ..compat import trl as trl_compat
 from ..errors import UserError
 from .hosts import Host
@@ -60,6 +60,7 @@ class CheckedInputs(Host):
         if trl_compat.is_tokenised(dataset):
             dataset = trl_compat.drop_without_completion(dataset, args)
         else:
+            require_end(dataset, processing_class)
             dataset = super()._prepare_dataset(dataset, processing_class, args, self._name_for_trl(name, dataset_name))
         check_prepared(dataset, name, args.max_length, self._embeddings)
         if is_training:

@@ -51,6 +51,10 @@ def non_finite_parameters(model: torch.nn.Module, trained_only: bool = True) -> 
     return [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 class NotFiniteCheckpoint(NotFinite):
     """The parameters of the checkpoint that was to be resumed from are not finite."""
 
@@ -167,14 +171,8 @@ class Checkpoints(Host):
     # Saving
 
     def _save_checkpoint(self, model, trial):
-        step = self.state.global_step
-        if names := self._non_finite_anywhere():
-            raise NotFinite(
-                f"The parameters are not finite at step {step} ({names}), and are not saved: "
-                f"{how_to_go_on(self.args.output_dir)}. Look at the gradient norms before, lower `learning_rate` or "
-                "`max_grad_norm`."
-            )
-        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{step}")
+        self._require_finite(self._non_finite_anywhere())
+        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             # One that is written over is incomplete from now on
             (checkpoint / STATE).unlink(missing_ok=True)
@@ -211,6 +209,20 @@ class Checkpoints(Host):
             write_json(Path(output_dir) / SETTINGS, self._begun_with)
             write_manifest(output_dir)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        # No loss has seen what the last step did. Not over the ranks: a script may save from the first alone
+        self._require_finite(_some(non_finite_parameters(self.model)))
+        super().save_model(output_dir, _internal_call)
+
+    def _require_finite(self, names: str) -> None:
+        """Refuse to save, if these parameters are not finite."""
+        if names:
+            raise NotFinite(
+                f"The parameters are not finite at step {self.state.global_step} ({names}), and are not saved: "
+                f"{how_to_go_on(self.args.output_dir)}. Look at the gradient norms before, lower `learning_rate` or "
+                "`max_grad_norm`."
+            )
+
     def _save(self, output_dir=None, state_dict=None):
         # Beside the weights the Trainer saves its arguments, tokens included
         args, self.args = self.args, args_without_secrets(self.args)
@@ -224,7 +236,7 @@ class Checkpoints(Host):
         names = non_finite_parameters(self.model)
         if self.args.world_size > 1:
             names = list(dict.fromkeys(name for each in gather_object([names]) for name in each))
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return _some(names)
 
     def _add_states_of_new_callbacks(self) -> None:
         """Callbacks that the resumed checkpoint did not have: the Trainer looks each of them up when it saves."""

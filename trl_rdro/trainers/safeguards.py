@@ -29,6 +29,7 @@ class Safeguards(Checkpoints):
 
     # Whether a run that is not resumed starts with the policy equal to the reference
     _starts_at_reference = True
+    _rate_was_looked_at = False
 
     def _set_up_safeguards(self, model: Any, given_reference: bool) -> None:
         require_trainable(self.model)
@@ -108,13 +109,18 @@ class Safeguards(Checkpoints):
         is_first = self.state.global_step == 0 and self._starts_at_reference and self._resumed_from is None
         noise = NoiseState(self.accelerator.device) if is_first else None
         loss = super().training_step(*args, **kwargs)
-        # Ours were looked at before the backward pass
-        if not self._ours and not math.isfinite(trl_compat.mean_over_ranks(self, {"loss": loss})["loss"]):
+        # Ours were looked at before the backward pass, and of TRL's beside them the gradient is, but for these
+        is_mixed = len(getattr(self, "loss_types", self._ours)) > len(self._ours)
+        is_unseen = not self._ours or (is_mixed and (self.args.fp16 or self.is_deepspeed_enabled))
+        if is_unseen and not math.isfinite(trl_compat.mean_over_ranks(self, {"loss": loss})["loss"]):
             raise NotFinite(f"The loss at step {self.state.global_step + 1} is not finite. " + self._why_not_finite())
         if noise is not None:
             self._starts_at_reference = False  # looked at once
             if not noise.was_drawn_from():
                 self._look_at_the_start()
+        if not self._rate_was_looked_at:
+            self._rate_was_looked_at = True
+            self._look_at_the_rate()
         return loss
 
     def _look_at_the_start(self) -> None:
@@ -123,6 +129,8 @@ class Safeguards(Checkpoints):
         if distance := distance_from_reference(metrics, self.beta, dtype):
             has_columns = self._brings_reference(self.train_dataset)
             self._guard_rails.warn_once("first step", first_step_sentence(distance, has_columns))
+
+    def _look_at_the_rate(self) -> None:
         stuck = share_that_cannot_move(self.model, self.args.learning_rate)
         if stuck > MANY_STUCK and not self.is_deepspeed_enabled:  # which trains float32 copies
             self._guard_rails.warn_once(
@@ -148,6 +156,11 @@ class Safeguards(Checkpoints):
             return (
                 f"{samples}{len(bad)} of the model's parameters are not finite themselves, {bad[0]} first. The run "
                 f"began with {origin}: look at the parameters there, and go on from an older checkpoint."
+            )
+        if self.ref_model is not None and (bad := non_finite_parameters(self.ref_model, trained_only=False)):
+            return (
+                f"{samples}{len(bad)} of the reference model's parameters are not finite, {bad[0]} first: load it "
+                "anew, or give another."
             )
         return (
             f"{samples}Look at the samples and at the precision: float16 overflows where bfloat16 does not. The "
