@@ -37,7 +37,6 @@ from trl_rdro.tools import scoring
 
 
 SIDES = ("chosen", "rejected")
-UNPAIRED_LOSSES = ("kto", "apo_zero_unpaired")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of Llama and Qwen
 MAX_LENGTH = 256  # tokens, which no text reaches
 
@@ -110,12 +109,10 @@ class Subject:
         return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.bfloat16)
 
     def freeze(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model whose layers below the adapters are computed once for each text."""
-        frozen = self._first_adapted(model.config.num_hidden_layers)
+        """The model whose layers below the adapters are computed once for each text; all it has left get adapters."""
+        layers = model.config.num_hidden_layers
+        frozen = layers - max(1, round(self.size.lora_layers * layers))
         return freeze_first_layers(model, frozen, _KEPT.setdefault(self.path, {})) if frozen else model
-
-    def _first_adapted(self, layers: int) -> int:
-        return layers - max(1, round(self.size.lora_layers * layers))
 
     def reference(self, pairs: list[Pair]) -> torch.Tensor:
         """The log-probabilities of chosen and rejected completions before training, `(n, 2)`."""
@@ -145,15 +142,13 @@ class Subject:
         Train on `pairs`, in steps of `size.pairs_per_step` in random order, to the last step of `at`.
 
         Args:
-            options: config fields.
+            options: config fields. Not for `wdpo`, which needs gradients of the token embeddings.
 
         Returns:
             The log-ratios of the pairs `scored` after each of the steps `at`, `(n, 2)`, in nats.
         """
-        unpaired = options["loss_type"] in UNPAIRED_LOSSES
-        whole = options["loss_type"] == "wdpo"  # which needs gradients of the token embeddings
-        model = self.load()
-        adapters = self._adapters(model.config.num_hidden_layers, whole)
+        unpaired = options["loss_type"] == "kto"
+        model = self.freeze(self.load())
         gpu = torch.cuda.is_available()
         trainer_class, config_class = (KTOTrainer, KTOConfig) if unpaired else (DPOTrainer, DPOConfig)
         scores = []
@@ -170,34 +165,18 @@ class Subject:
                 **{**study.TINY_RUN, "use_cpu": not gpu, "bf16": gpu, **options},
             )
             trainer = trainer_class(
-                model if whole else self.freeze(model),
+                model,
                 args=config,
                 train_dataset=self._labels(pairs) if unpaired else self._pairs(pairs),
                 processing_class=self.tokenizer,
-                peft_config=adapters,
+                peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS, task_type="CAUSAL_LM"),
             )
-            if len(at) > 1:
-                trainer.add_callback(_Score(at, lambda: scores.append(self._log_ratios(trainer.model, scored))))
-                study.train(trainer)
-            else:
-                study.train(trainer)
-                if whole:  # scored as all the others are, down to the rounding
-                    self.freeze(trainer.model.get_base_model())
-                scores.append(self._log_ratios(trainer.model, scored))
+            trainer.add_callback(_Score(at, lambda: scores.append(self._log_ratios(trainer.model, scored))))
+            study.train(trainer)
         return scores
 
     def _log_ratios(self, model: torch.nn.Module, pairs: list[Pair]) -> torch.Tensor:
         return self.log_probabilities(model, pairs) - self.reference(pairs)
-
-    def _adapters(self, layers: int, whole: bool) -> LoraConfig:
-        first = self._first_adapted(layers)
-        return LoraConfig(
-            r=16,
-            lora_alpha=32,
-            target_modules=PROJECTIONS,
-            layers_to_transform=list(range(first, layers)) if whole else list(range(layers - first)),
-            task_type="CAUSAL_LM",
-        )
 
     def _pairs(self, pairs: list[Pair]) -> Dataset:
         columns = [column for column in ("prompt", *SIDES, "group") if column in pairs[0]]
