@@ -2,9 +2,9 @@
 Likelihood displacement: does the log-probability of the chosen completions fall? (people's texts, one word changed)
 
 It is reported of pairs whose two texts hardly differ (2402.13228, 2410.11779), so here they differ in one word and its
-opposite (opposites.py), and each loss trains for eight epochs at one learning rate. The primary endpoint is the
-log-ratio of the chosen texts of held-out pairs at the end. Losses differ in how far they get: read it beside the
-margin and the accuracy, and along the epochs.
+opposite (opposites.py), and each loss trains for eight epochs at one learning rate, DPO at two smaller ones too. The
+primary endpoint is the log-ratio of the chosen texts of held-out pairs at the end. Losses differ in how far they get:
+read it beside the margin and the accuracy, and along the epochs.
 
     python scripts/studies/displacement.py --size small
 """
@@ -23,6 +23,8 @@ METHODS = {
     "ddro, cap 0.9": {"loss_type": "ddro", "ddro_cap": 0.9},
     "kldpo, tau 0.3": {"loss_type": "kldpo", "kldpo_tau": 0.3},
     "dpo": {"loss_type": "sigmoid"},
+    "dpo, rate 3e-4": {"loss_type": "sigmoid", "learning_rate": 3e-4},
+    "dpo, rate 1e-4": {"loss_type": "sigmoid", "learning_rate": 1e-4},
     "cdpo, 0.1": {"loss_type": "cdpo", "label_smoothing": 0.1},
     "ipo": {"loss_type": "ipo"},
     "dpop": {"loss_type": "dpop"},
@@ -50,7 +52,7 @@ def run(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
     steps = STEPS_PER_EPOCH[size]
     trained = ratings.draw(pairs, steps * subject.size.pairs_per_step, cell["seed"])
     tests = ratings.held_out(pairs, HELD_OUT[size])
-    options = {**METHODS[cell["method"]], "learning_rate": RATE}
+    options = {"learning_rate": RATE, **METHODS[cell["method"]]}
     at = [epoch * steps for epoch in EPOCHS]
     result = {}
     for epoch, scores in zip(EPOCHS, subject.train_and_score(options, trained, tests + trained, at), strict=True):
@@ -86,17 +88,25 @@ def table(rows: list[dict[str, Any]]) -> str:
 def draw(rows: list[dict[str, Any]]):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    for axes, side in zip(figure.subplots(1, 2, sharey=True), ratings.SIDES, strict=True):
-        for i, ((method,), members) in enumerate(study.group(rows, ["method"]).items()):
-            means, errors = zip(*(study.mean_and_error(members, f"{side}_{epoch}") for epoch in EPOCHS), strict=True)
-            xs, style = [0, *EPOCHS], "-" if i < 5 else "--"
-            axes.errorbar(xs, [0, *means], [0, *(error or 0 for error in errors)], linestyle=style, label=method)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_epoch, by_margin = figure.subplots(1, 2, sharey=True)
+    for i, ((method,), members) in enumerate(study.group(rows, ["method"]).items()):
+        chosen, rejected = (
+            [0, *(study.mean_and_error(members, f"{side}_{epoch}")[0] for epoch in EPOCHS)] for side in ratings.SIDES
+        )
+        errors = [0, *(study.mean_and_error(members, f"chosen_{epoch}")[1] or 0 for epoch in EPOCHS)]
+        margins = [ours - theirs for ours, theirs in zip(chosen, rejected, strict=True)]
+        for axes, xs in ((by_epoch, [0, *EPOCHS]), (by_margin, margins)):
+            axes.errorbar(
+                xs, chosen, errors, marker=".", linestyle="-" if i < len(METHODS) / 2 else "--", label=method
+            )
+    by_epoch.set(xlabel="epochs", ylabel="log-ratio of held-out chosen texts, nats")
+    by_margin.set(xlabel="their margin over the rejected ones, nats", xscale="symlog")
+    for axes in (by_epoch, by_margin):
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_yscale("symlog", linthresh=1)
-        axes.set(title=f"{side} texts of held-out pairs", xlabel="epochs", ylabel="log-ratio to the reference, nats")
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    by_margin.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

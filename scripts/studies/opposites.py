@@ -3,6 +3,7 @@
 import re
 
 import ratings
+from wordings import in_case_of
 
 
 # Each occurs in the data, and stands for the other in most of its uses
@@ -34,6 +35,5 @@ def _replaced(text: str, opposites: dict[str, str]) -> str | None:
     for match in re.finditer(r"[A-Za-z']+", text):
         other = opposites.get(match[0].lower())
         if other is not None:
-            other = other.upper() if match[0].isupper() else other.capitalize() if match[0][0].isupper() else other
-            return text[: match.start()] + other + text[match.end() :]
+            return text[: match.start()] + in_case_of(match[0], other) + text[match.end() :]
     return None

@@ -74,19 +74,16 @@ def run(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     by_cell = study.group(rows, ["method", "rate"])
-    dpo = {rate: members for (method, rate), members in by_cell.items() if method == "dpo"}
-    best = max(dpo, key=lambda rate: study.mean_and_error(dpo[rate], "minority")[0])
-    others = [key for key in by_cell if key != ("dpo", best)]
+    best = ratings.best_rate(rows, "dpo", "minority")
+    right = {(key, group): ratings.right_table(by_cell[key], f"right_{group}") for key in by_cell for group in PERSONS}
     lines = []
     for (method, rate), members in by_cell.items():
         line = [method, f"{rate:g}"]
         for group in PERSONS:
             line += [study.cell_text(members, group), study.cell_text(members, f"margin_{group}", "+.1f")]
-            line.append(
-                ratings.difference_text(members, dpo[best], f"right_{group}", len(others))
-                if (method, rate) in others
-                else ""
-            )
+            ours, theirs = right[(method, rate), group], right[("dpo", best), group]
+            same = (method, rate) == ("dpo", best)
+            line.append("" if same else ratings.difference_text(ours, theirs, comparisons=len(by_cell) - 1))
         lines.append(line)
     header = ["method", "rate"]
     for person in PERSONS.values():

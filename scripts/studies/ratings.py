@@ -52,7 +52,7 @@ class Size:
 
 SIZES = {
     "ci": Size(pairs_per_step=2, test_pairs=8, draws=2, lora_layers=0.5, cut_vocabulary=True),
-    "small": Size(pairs_per_step=8, test_pairs=256, draws=5, lora_layers=0.2, cut_vocabulary=True),
+    "small": Size(pairs_per_step=8, test_pairs=256, draws=10, lora_layers=0.2, cut_vocabulary=True),
     "full": Size(pairs_per_step=8, test_pairs=256, draws=20),
 }
 Pair = dict[str, Any]
@@ -94,9 +94,9 @@ _KEPT: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}  # by the model's pat
 class Subject:
     """The model of a study, and the log-probability of each completion under it before training, kept in files."""
 
-    def __init__(self, cell: dict[str, Any], folder: Path, texts: Sequence[str]):
+    def __init__(self, cell: dict[str, Any], folder: Path, texts: Sequence[str], dtype: torch.dtype = torch.bfloat16):
         """`cell` names `model`, `size` and `seed`; `texts` are all that the study has, prompts too."""
-        self.size, self.seed = SIZES[cell["size"]], cell["seed"]
+        self.size, self.seed, self.dtype = SIZES[cell["size"]], cell["seed"], dtype
         self.path = str(model_directory()) if cell["model"] == MODEL_NAME else cell["model"]
         if self.size.cut_vocabulary:
             self.path = cut_vocabulary(self.path, texts, folder / "model")
@@ -106,13 +106,17 @@ class Subject:
         self.known = {(row["prompt"], row["completion"]): row["log_probability"] for row in lines}
 
     def load(self) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype)
 
     def freeze(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model whose layers below the adapters are computed once for each text; all it has left get adapters."""
-        layers = model.config.num_hidden_layers
-        frozen = layers - max(1, round(self.size.lora_layers * layers))
+        frozen = self._adapted(model)[0]
         return freeze_first_layers(model, frozen, _KEPT.setdefault(self.path, {})) if frozen else model
+
+    def _adapted(self, model: torch.nn.Module) -> list[int]:
+        """The layers of a whole model that get adapters."""
+        layers = model.config.num_hidden_layers
+        return list(range(layers))[-max(1, round(self.size.lora_layers * layers)) :]
 
     def reference(self, pairs: list[Pair]) -> torch.Tensor:
         """The log-probabilities of chosen and rejected completions before training, `(n, 2)`."""
@@ -142,13 +146,17 @@ class Subject:
         Train on `pairs`, in steps of `size.pairs_per_step` in random order, to the last step of `at`.
 
         Args:
-            options: config fields. Not for `wdpo`, which needs gradients of the token embeddings.
+            options: config fields. `wdpo` needs gradients of the token embeddings: it trains the whole model, which
+                takes several times as long, and has one step in `at`.
 
         Returns:
             The log-ratios of the pairs `scored` after each of the steps `at`, `(n, 2)`, in nats.
         """
-        unpaired = options["loss_type"] == "kto"
-        model = self.freeze(self.load())
+        unpaired, whole = options["loss_type"] == "kto", options["loss_type"] == "wdpo"
+        model = self.load()
+        layers = self._adapted(model) if whole else None
+        if not whole:
+            self.freeze(model)
         gpu = torch.cuda.is_available()
         trainer_class, config_class = (KTOTrainer, KTOConfig) if unpaired else (DPOTrainer, DPOConfig)
         scores = []
@@ -160,6 +168,7 @@ class Subject:
                 lr_scheduler_type="constant_with_warmup" if len(at) > 1 else "cosine",
                 warmup_steps=2,
                 max_length=MAX_LENGTH,
+                padding_free=whole,  # what is kept of a text is of a row of its own
                 precompute_ref_log_probs=True,
                 seed=self.seed,
                 **{**study.TINY_RUN, "use_cpu": not gpu, "bf16": gpu, **options},
@@ -169,9 +178,17 @@ class Subject:
                 args=config,
                 train_dataset=self._labels(pairs) if unpaired else self._pairs(pairs),
                 processing_class=self.tokenizer,
-                peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS, task_type="CAUSAL_LM"),
+                peft_config=LoraConfig(
+                    r=16, lora_alpha=32, target_modules=PROJECTIONS, layers_to_transform=layers, task_type="CAUSAL_LM"
+                ),
             )
-            trainer.add_callback(_Score(at, lambda: scores.append(self._log_ratios(trainer.model, scored))))
+
+            def score() -> None:
+                if whole:  # scored as all the others are, down to the rounding
+                    self.freeze(trainer.model.get_base_model())
+                scores.append(self._log_ratios(trainer.model, scored))
+
+            trainer.add_callback(_Score(at, score))
             study.train(trainer)
         return scores
 
@@ -221,8 +238,13 @@ def right_table(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([[int(digit) for digit in row[name]] for row in sorted(rows, key=lambda row: row["seed"])])
 
 
-def difference_text(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], name: str, comparisons: int) -> str:
-    """How much more often ours are right than theirs, with the interval of `two_way_interval`, for a table."""
-    differences = right_table(ours, name) - right_table(theirs, name)
-    low, high = two_way_interval(differences, comparisons)
-    return f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+def best_rate(rows: list[dict[str, Any]], method: str, name: str) -> float:
+    """The learning rate at which the method's mean of `name` is the largest."""
+    rates = study.group([row for row in rows if row["method"] == method], ["rate"])
+    return max(rates, key=lambda rate: study.mean_and_error(rates[rate], name)[0])[0]
+
+
+def difference_text(ours: np.ndarray, theirs: np.ndarray, comparisons: int) -> str:
+    """How much larger ours are, `(draws, test pairs)`, with the interval of `two_way_interval`, for a table."""
+    low, high = two_way_interval(ours - theirs, comparisons)
+    return f"{(ours - theirs).mean():+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -20,7 +20,7 @@ from ..tiny import save_tiny
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "studies"
 NAMES = [
-    *("consistency", "stability", "linear_shift", "people_shift", "comparison", "displacement"),
+    *("consistency", "stability", "linear_shift", "people_shift", "wording_shift", "comparison", "displacement"),
     *("prompt_shares", "reference_length"),
 ]
 
@@ -216,6 +216,42 @@ def test_the_two_persons_want_the_opposite_of_the_same_texts():
 
 
 @pytest.mark.slow
+def test_wording_shift_counts_each_wording(tmp_path):
+    rows = run("wording_shift", tmp_path / "out", "--model", save_tiny(tmp_path, kind="llama"))
+    for row in rows:
+        right = [row[f"right_{wording}"].count("1") / 8 for wording in ("typing errors", "synonyms", "capitals")]
+        assert row["reworded"] == pytest.approx(sum(right) / 3)
+        assert row["loss_reworded"] == pytest.approx(math.log(2), abs=0.1)  # after two steps
+    assert {row["method"] for row in rows} == {"dpo", "wdpo, rho 0.01"}
+
+
+def test_wordings_say_the_same():
+    wordings, ratings = import_module("wordings"), import_module("ratings")
+    text = "A really GREAT film: I love it, the DVD also, and its quiet ending."
+    assert wordings.typing_errors(text) == "A really GREAT flim: I love it, the DVD also, and its qiuet ending."
+    assert wordings.synonyms(text) == "A truly GRAND picture: I adore it, the DVD too, and its quiet ending."
+    texts = [pair[side] for pair in ratings.held_out(ratings.quickstart_pairs(), 256) for side in ratings.SIDES]
+    for wording, share in (("typing errors", 0.9), ("synonyms", 0.65), ("capitals", 0.99)):
+        assert sum(wordings.WORDINGS[wording](text) != text for text in texts) > share * len(texts)
+    assert all(sorted(wordings.typing_errors(text)) == sorted(text) for text in texts)
+
+
+def test_the_whole_model_trains_as_the_one_whose_first_layers_are_kept(tmp_path):
+    """wdpo trains the whole model, on packed rows; without its penalty it is DPO."""
+    ratings = import_module("ratings")
+    pairs = ratings.quickstart_pairs()[:6]
+    cell = {"model": save_tiny(tmp_path, kind="llama"), "size": "ci", "seed": 0}
+    texts = [pair["prompt"] + pair[side] for pair in pairs for side in ratings.SIDES]
+    subject = ratings.Subject(cell, tmp_path, texts, dtype=torch.float32)
+    scores = [
+        subject.train_and_score({**options, "learning_rate": 1e-2}, pairs, pairs, at=(3,))[0]
+        for options in ({"loss_type": "sigmoid"}, {"loss_type": "wdpo", "wdpo_rho": 0.0})
+    ]
+    assert scores[0].abs().min() > 1e-3
+    torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_displacement_sft_raises_what_it_trains_on(tmp_path):
     rows = {
         row["method"]: row
@@ -335,8 +371,10 @@ def test_comparison_prints_wins_and_defeats_alike():
 @pytest.mark.parametrize("size", ["small", "full"])
 def test_the_sizes_that_tests_do_not_run_have_cells_and_enough_pairs(size):
     assert all(import_module(name).cells(size) for name in NAMES)
-    ratings, people_shift, displacement = map(import_module, ("ratings", "people_shift", "displacement"))
+    names = ("ratings", "people_shift", "wording_shift", "displacement")
+    ratings, people_shift, wording_shift, displacement = map(import_module, names)
     pairs, per_step = ratings.quickstart_pairs(), ratings.SIZES[size].pairs_per_step
+    assert len(ratings.draw(pairs, wording_shift.STEPS[size] * per_step, seed=0))
     assert len(people_shift.training_pairs(pairs, people_shift.STEPS[size] * per_step, seed=0))
     assert len(ratings.held_out(pairs, ratings.SIZES[size].test_pairs)) == 256
     pairs = import_module("opposites").near_identical(pairs)
