@@ -32,13 +32,8 @@ STEPS = {"ci": 2, "small": 60, "full": 120}
 
 
 def cells(size: str) -> list[dict[str, Any]]:
-    methods = ("dpo", "grdpo") if size == "ci" else METHODS
-    return [
-        {"method": method, "rate": rate, "seed": seed}
-        for seed in range(ratings.SIZES[size].draws)
-        for method in methods
-        for rate in (RATES[method] if size != "ci" else RATES["dpo"][:1])
-    ]
+    few = {"dpo": RATES["dpo"][:1], "grdpo": RATES["dpo"][:1]}
+    return ratings.grid(size, few if size == "ci" else RATES)
 
 
 def of(pair: ratings.Pair, group: str) -> ratings.Pair:
@@ -92,18 +87,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return text + study.markdown(header, lines)
 
 
-def draw(rows: list[dict[str, Any]]):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, (group, person) in zip(figure.subplots(1, 2, sharey=True), PERSONS.items(), strict=True):
-        for (method,), members in study.group(rows, ["method"]).items():
-            study.error_bars(axes, members, "rate", group, label=method)
-        axes.axhline(0.5, color="black", linewidth=0.8)
-        axes.set(title=f"pairs for {person} ({group})", xlabel="learning rate", ylabel="held-out accuracy")
-        axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
+def draw(rows: list[dict[str, Any]]) -> Any:
+    return ratings.draw_by_rate(rows, {group: f"pairs for {person} ({group})" for group, person in PERSONS.items()})
 
 
 STUDY = study.Study("people_shift", cells, run, table, draw, takes_model=True)

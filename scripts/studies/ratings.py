@@ -221,7 +221,35 @@ class _Score(TrainerCallback):
             model.train()
 
 
-# Figures
+# Methods at learning rates
+
+
+def grid(size: str, rates: dict[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Cells of each method at each of its rates, one for each draw of the training pairs."""
+    return [
+        {"method": method, "rate": rate, "seed": seed}
+        for method, of_method in rates.items()
+        for rate in of_method
+        for seed in range(SIZES[size].draws)
+    ]
+
+
+def draw_by_rate(rows: list[dict[str, Any]], panels: dict[str, str]) -> Any:
+    """A figure with a panel for each of the accuracies that `panels` gives titles to."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        for (method,), members in study.group(rows, ["method"]).items():
+            study.error_bars(axes, members, "rate", name, label=method)
+        axes.axhline(0.5, color="black", linewidth=0.8)  # a coin
+        axes.set(title=title, xlabel="learning rate", ylabel="held-out accuracy")
+        axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+# Measures
 
 
 def order(logratios: torch.Tensor) -> str:

@@ -33,13 +33,8 @@ STEPS = {"ci": 2, "small": 24, "full": 60}
 
 
 def cells(size: str) -> list[dict[str, Any]]:
-    methods = ("dpo", "wdpo, rho 0.01") if size == "ci" else METHODS
-    return [
-        {"method": method, "rate": rate, "seed": seed}
-        for method in methods
-        for rate in (RATES[method] if size != "ci" else RATES["dpo"][:1])
-        for seed in range(ratings.SIZES[size].draws)
-    ]
+    few = {"dpo": RATES["dpo"][:1], "wdpo, rho 0.01": RATES["dpo"][:1]}
+    return ratings.grid(size, few if size == "ci" else RATES)
 
 
 def reworded(pair: ratings.Pair, wording: str) -> ratings.Pair:
@@ -94,18 +89,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return text + study.markdown([*header, f"less dpo's at {best:g}"], lines)
 
 
-def draw(rows: list[dict[str, Any]]):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    kinds = {"as written": "as written", "reworded": "mean of the three other wordings"}
-    for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), kinds.items(), strict=True):
-        for (method,), members in study.group(rows, ["method"]).items():
-            study.error_bars(axes, members, "rate", name, label=method)
-        axes.set(title=title, xlabel="learning rate", ylabel="held-out accuracy")
-        axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
+def draw(rows: list[dict[str, Any]]) -> Any:
+    return ratings.draw_by_rate(rows, {"as written": "as written", "reworded": "mean of the three other wordings"})
 
 
 STUDY = study.Study("wording_shift", cells, run, table, draw, takes_model=True)

@@ -208,6 +208,14 @@ def test_counting_on_evaluation_sets_and_streams_agrees(tmp_path, loss_type):
     assert found == pytest.approx([trainer.evaluate(rows)["eval_loss"]] * 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_column_of_the_evaluation_set_alone_is_said(tmp_path, qwen2, messages, named):
+    data = {"train_dataset": labelled(4, 4), "eval_dataset": {"hard": with_shares()} if named else with_shares()}
+    make_trainer(qwen2, tmp_path, KTOTrainer, data, loss_type="rdro")
+    name = "eval_dataset['hard']" if named else "eval_dataset"
+    assert f"`{COLUMN}` of `{name}` has no effect" in " ".join(messages())
+
+
 def test_a_column_that_no_loss_reads_is_said(tmp_path, qwen2, messages):
     for loss_type in ("kto", "apo_zero_unpaired"):
         make_trainer(qwen2, tmp_path, KTOTrainer, {"train_dataset": with_shares()}, loss_type=loss_type)

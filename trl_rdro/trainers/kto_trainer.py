@@ -29,6 +29,7 @@ from .prompt_fractions import (
     require_countable,
     require_shares_alone,
     warn_of_unequal_shares,
+    warn_of_shares_in_evaluation_alone,
     warn_of_unread_shares,
     with_shares,
 )
@@ -97,6 +98,8 @@ class KTOTrainer(Columns, PackedRows, Throughput, ModelCards, Safeguards, Checke
             require_shares_alone(args, example)
         elif not ours:
             warn_of_unread_shares(example, args.loss_type)
+        elif COLUMN not in self._column_names:
+            warn_of_shares_in_evaluation_alone(eval_dataset)
         if ours and example.keys() & {"image", "images"}:
             raise ValueError(f"`{args.loss_type}` is not implemented for unpaired image data. Use `DPOTrainer`.")
         if args.loss_type == "kto":

@@ -70,6 +70,17 @@ def warn_of_unread_shares(example: Mapping[str, Any], loss_type: str) -> None:
         )
 
 
+def warn_of_shares_in_evaluation_alone(eval_dataset: Any) -> None:
+    """Say that the column is not read where the training set lacks it."""
+    named = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+    for name, dataset in named.items():
+        if has_shares(dataset):
+            logger.warning(
+                f"The column `{COLUMN}` of `eval_dataset{'' if name is None else f'[{name!r}]'}` has no effect: "
+                "`train_dataset` has none, so that one share is used for all prompts. Give both the column."
+            )
+
+
 def preferred_share(dataset: Dataset | IterableDataset) -> float:
     """The share of a set's completions, by their weights if they have some, whose label is True. 0 of none, and where
     all weights are 0."""
