@@ -239,11 +239,13 @@ def draw_by_rate(rows: list[dict[str, Any]], panels: dict[str, str]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
+    rates = sorted({row["rate"] for row in rows})
     for axes, (name, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         for (method,), members in study.group(rows, ["method"]).items():
             study.error_bars(axes, members, "rate", name, label=method)
         axes.axhline(0.5, color="black", linewidth=0.8)  # a coin
         axes.set(title=title, xlabel="learning rate", ylabel="held-out accuracy")
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.grid(alpha=0.3)
     axes.legend()
     return figure

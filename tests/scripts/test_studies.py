@@ -327,6 +327,8 @@ def test_t_test_and_holm_against_tabulated_values():
     values = [1.0, 2.0, 3.0, 4.0]  # t = 2.5 / sqrt(5/12) = 3.873 with 3 degrees of freedom
     assert paired.t_test(values) == pytest.approx(0.030466, rel=1e-3)
     assert paired.t_test([0.0, 0.0]) == 1 and paired.t_test([0.1, 0.1]) == 0
+    assert paired._quantile(0.025, 9) == pytest.approx(2.262157, rel=1e-4)
+    assert paired._quantile(0.025, 1) == pytest.approx(12.7062, rel=1e-4)
     assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
@@ -343,6 +345,12 @@ def test_the_interval_over_draws_and_pairs_covers_what_both_vary():
     assert covered >= 176  # 95 % less three standard errors, and a little for 20 draws
     assert too_short > 30
     low, high = two_way_interval(differences)
+    covered = 0
+    for _ in range(300):  # ten draws that hardly agree: percentiles alone hold .91
+        few = 0.3 * rng.normal(size=(10, 1)) + 0.1 * rng.normal(size=(1, 256)) + 0.3 * rng.normal(size=(10, 256))
+        interval = two_way_interval(few, replicates=400)
+        covered += interval[0] < 0 < interval[1]
+    assert covered >= 0.94 * 300
     wide = two_way_interval(differences, comparisons=10)
     assert wide[0] < low and high < wide[1]
 
