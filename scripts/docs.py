@@ -334,14 +334,20 @@ def study(name: str) -> str:
             "```",
             "",
             f"{summary['hardware']}; {summary['date']}; {' or '.join(map(str, seeds))} {unit}, {runs} runs, "
-            f"{summary['cell_seconds'] / 60:.0f} minutes in all beside other jobs; {versions}. Figures are means over "
-            f"the {unit} ± their standard error.",
+            f"{summary['cell_seconds'] / 60:.0f} minutes of one core; {versions}. Figures are means over the {unit} ± "
+            "their standard error.",
             "",
             (STUDIES / name / "table.md").read_text().strip(),
             "",
             f"![{name.replace('_', ' ')}](results/studies/{name}/figure.png)",
         ]
     )
+
+
+def total_time() -> str:
+    """What all studies took together."""
+    seconds = [json.loads((path / "summary.json").read_text())["cell_seconds"] for path in STUDIES.iterdir()]
+    return f"All {len(seconds)} took {sum(seconds) / 60:.0f} minutes of one core, {sum(seconds) / 120:.0f} on two."
 
 
 # docs/README.md
@@ -378,7 +384,10 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/performance.md": {"packed": packed, "bench": bench},
     "docs/README.md": {"commands": coverage_table},
     "docs/trackers.md": {"metrics": metrics_table},
-    "docs/studies.md": {path.name: partial(study, path.name) for path in sorted(STUDIES.iterdir())},
+    "docs/studies.md": {
+        "time": total_time,
+        **{path.name: partial(study, path.name) for path in sorted(STUDIES.iterdir())},
+    },
 }
 # In the order to write them in: README.md repeats what the recipes say
 OPTIONS = TABLE.relative_to(ROOT).as_posix()

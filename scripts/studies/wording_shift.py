@@ -6,7 +6,8 @@ are and in three other wordings made by rule (wordings.py): typing errors, synon
 stays.
 
 The primary endpoint is the accuracy on the reworded pairs, the mean over the three wordings. A smaller step may do as
-much as a penalty, so DPO is trained at three learning rates, and wdpo at the one that turned out the best for DPO.
+much as a penalty, so DPO is trained at three learning rates, and wdpo, with two radii, at the one that turned out the
+best for DPO.
 
     python scripts/studies/wording_shift.py --size small
 """
@@ -24,9 +25,10 @@ from wordings import WORDINGS
 BETA = 0.1
 METHODS = {
     "dpo": {"loss_type": "sigmoid"},
+    "wdpo, rho 0.001": {"loss_type": "wdpo", "wdpo_rho": 0.001},  # the default, and times BETA the published product
     "wdpo, rho 0.01": {"loss_type": "wdpo", "wdpo_rho": 0.01},
 }
-RATES = {"dpo": (1e-3, 2e-3, 3e-3), "wdpo, rho 0.01": (3e-3,)}
+RATES = {"dpo": (1e-3, 2e-3, 3e-3), "wdpo, rho 0.001": (3e-3,), "wdpo, rho 0.01": (3e-3,)}
 STEPS = {"ci": 2, "small": 24, "full": 60}
 
 
