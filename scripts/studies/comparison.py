@@ -6,7 +6,7 @@ or two fifths of the labels flipped. Every loss gets the same rates and betas to
 share of flips, by its accuracy on validation pairs whose labels are flipped too; its other options are the defaults.
 Then it is trained on other draws of pairs, the same for all losses, and measured on right labels. Differences to dpo
 are of the same seeds; whether they are more than chance is Student's t with Holm's correction over all differences of
-a data set.
+both data sets.
 
     python scripts/studies/comparison.py --size small
 """
@@ -102,19 +102,15 @@ def validated(cell: dict[str, Any], rate: float, beta: float) -> float:
 
 def compared(rows: list[dict[str, Any]]) -> dict[tuple, tuple[list[float], float | None]]:
     """Of each data set, share of flips and method but dpo: its differences to dpo, and their corrected p-value."""
-    result = {}
-    for (data,), members in study.group(rows, ["data"]).items():
-        base = {(row["flips"], row["seed"]): row["accuracy"] for row in members if row["method"] == "dpo"}
-        differences = {
-            key: [row["accuracy"] - base[row["flips"], row["seed"]] for row in cell]
-            for key, cell in study.group(members, ["flips", "method"]).items()
-            if key[1] != "dpo"
-        }
-        enough = all(len(values) > 1 for values in differences.values())
-        p_values = holm([t_test(values) for values in differences.values()]) if enough else [None] * len(differences)
-        for (key, values), p_value in zip(differences.items(), p_values, strict=True):
-            result[data, *key] = values, p_value
-    return result
+    base = {(row["data"], row["flips"], row["seed"]): row["accuracy"] for row in rows if row["method"] == "dpo"}
+    differences = {
+        key: [row["accuracy"] - base[row["data"], row["flips"], row["seed"]] for row in cell]
+        for key, cell in study.group(rows, ["data", "flips", "method"]).items()
+        if key[2] != "dpo"
+    }
+    enough = all(len(values) > 1 for values in differences.values())
+    p_values = holm([t_test(values) for values in differences.values()]) if enough else [None] * len(differences)
+    return dict(zip(differences, zip(differences.values(), p_values, strict=True), strict=True))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -134,7 +130,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         parts += [study.markdown(header, lines), f"{_sentence(comparisons, data)}\n"]
     return (
         "Accuracy on right labels; in brackets less dpo's of the same seeds. \\*: more than chance, at "
-        f"{LEVEL:.0%} after Holm's correction over all differences of the table.\n\n" + "\n".join(parts)
+        f"{LEVEL:.0%} after Holm's correction over all differences of both tables.\n\n" + "\n".join(parts)
     )
 
 

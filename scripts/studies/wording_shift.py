@@ -84,7 +84,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     header = ["method", "rate", "as written", *WORDINGS, "mean of the three", "DPO loss, as written", "of the three"]
     text = (
         "Accuracies on held-out pairs. The difference is in the mean of the three, with intervals over draws and test "
-        "pairs, together 95 %.\n\n"
+        "pairs, 95 % together.\n\n"
     )
     return text + study.markdown([*header, f"less dpo's at {best:g}"], lines)
 
