@@ -215,6 +215,21 @@ def test_the_two_persons_want_the_opposite_of_the_same_texts():
     assert len({pair["chosen"] for pair in drawn} | {pair["rejected"] for pair in drawn}) == 400
 
 
+def test_a_policy_blind_to_the_name_tells_nobody_apart():
+    rng, rows = random.Random(0), []
+    for method, seed in ((method, seed) for method in ("dpo", "kldpo") for seed in range(3)):
+        right = {"majority": "".join(rng.choices("01", [1, 4], k=20))}
+        right["minority"] = right["majority"].translate(str.maketrans("01", "10"))
+        row = {"method": method, "rate": 1e-3, "seed": seed}
+        for group, digits in right.items():
+            row |= {group: digits.count("1") / 20, f"margin_{group}": 0.0, f"right_{group}": digits}
+        rows.append(row)
+    blind = "| +0.000 [+0.000, +0.000] |\n"  # the last column
+    assert import_module("people_shift").table(rows).count(blind) == 2
+    other = [{**row, "right_minority": "1" * 20} for row in rows]
+    assert blind not in import_module("people_shift").table(other)
+
+
 @pytest.mark.slow
 def test_wording_shift_counts_each_wording(tmp_path):
     rows = run("wording_shift", tmp_path / "out", "--model", save_tiny(tmp_path, kind="llama"))
