@@ -28,8 +28,8 @@ from .prompt_fractions import (
     preferred_share,
     require_countable,
     require_shares_alone,
-    warn_of_unequal_shares,
     warn_of_shares_in_evaluation_alone,
+    warn_of_unequal_shares,
     warn_of_unread_shares,
     with_shares,
 )
