@@ -32,8 +32,7 @@ STEPS = {"ci": 2, "small": 60, "full": 120}
 
 
 def cells(size: str) -> list[dict[str, Any]]:
-    few = {"dpo": RATES["dpo"][:1], "grdpo": RATES["dpo"][:1]}
-    return ratings.grid(size, few if size == "ci" else RATES)
+    return ratings.grid(size, RATES, at_ci=("dpo", "grdpo"))
 
 
 def of(pair: ratings.Pair, group: str) -> ratings.Pair:
@@ -70,16 +69,18 @@ def run(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     by_cell = study.group(rows, ["method", "rate"])
     best = ratings.best_rate(rows, "dpo", "minority")
-    right = {(key, group): ratings.right_table(by_cell[key], f"right_{group}") for key in by_cell for group in PERSONS}
+    right = {
+        group: {key: ratings.right_table(members, f"right_{group}") for key, members in by_cell.items()}
+        for group in PERSONS
+    }
+    to_dpo = {group: ratings.differences(right[group], ("dpo", best)) for group in PERSONS}
     lines = []
-    for (method, rate), members in by_cell.items():
-        line = [method, f"{rate:g}"]
+    for key, members in by_cell.items():
+        line = [key[0], f"{key[1]:g}"]
         for group in PERSONS:
             line += [study.cell_text(members, group), study.cell_text(members, f"margin_{group}", "+.1f")]
-            ours, theirs = right[(method, rate), group], right[("dpo", best), group]
-            same = (method, rate) == ("dpo", best)
-            line.append("" if same else ratings.difference_text(ours, theirs, comparisons=len(by_cell) - 1))
-        apart = right[(method, rate), "majority"], 1 - right[(method, rate), "minority"]
+            line.append(to_dpo[group][key])
+        apart = right["majority"][key], 1 - right["minority"][key]
         lines.append([*line, ratings.difference_text(*apart, comparisons=len(by_cell))])
     header = ["method", "rate"]
     for person in PERSONS.values():

@@ -224,8 +224,11 @@ class _Score(TrainerCallback):
 # Methods at learning rates
 
 
-def grid(size: str, rates: dict[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Cells of each method at each of its rates, one for each draw of the training pairs."""
+def grid(size: str, rates: dict[str, Sequence[float]], at_ci: Sequence[str]) -> list[dict[str, Any]]:
+    """Cells of each method at each of its rates, one for each draw of the training pairs. At size "ci" the methods
+    `at_ci`, at the first rate of all."""
+    if size == "ci":
+        rates = dict.fromkeys(at_ci, next(iter(rates.values()))[:1])
     return [
         {"method": method, "rate": rate, "seed": seed}
         for method, of_method in rates.items()
@@ -272,6 +275,14 @@ def best_rate(rows: list[dict[str, Any]], method: str, name: str) -> float:
     """The learning rate at which the method's mean of `name` is the largest."""
     rates = study.group([row for row in rows if row["method"] == method], ["rate"])
     return max(rates, key=lambda rate: study.mean_and_error(rates[rate], name)[0])[0]
+
+
+def differences(right: dict[tuple, np.ndarray], base: tuple) -> dict[tuple, str]:
+    """The `difference_text` of each to that under the key `base`, which has none; all hold together."""
+    return {
+        key: "" if key == base else difference_text(table, right[base], comparisons=len(right) - 1)
+        for key, table in right.items()
+    }
 
 
 def difference_text(ours: np.ndarray, theirs: np.ndarray, comparisons: int) -> str:

@@ -25,7 +25,7 @@ from wordings import WORDINGS
 BETA = 0.1
 METHODS = {
     "dpo": {"loss_type": "sigmoid"},
-    "wdpo, rho 0.001": {"loss_type": "wdpo", "wdpo_rho": 0.001},  # the default, and times BETA the published product
+    "wdpo, rho 0.001": {"loss_type": "wdpo", "wdpo_rho": 0.001},  # the default
     "wdpo, rho 0.01": {"loss_type": "wdpo", "wdpo_rho": 0.01},
 }
 RATES = {"dpo": (1e-3, 2e-3, 3e-3), "wdpo, rho 0.001": (3e-3,), "wdpo, rho 0.01": (3e-3,)}
@@ -33,8 +33,7 @@ STEPS = {"ci": 2, "small": 24, "full": 60}
 
 
 def cells(size: str) -> list[dict[str, Any]]:
-    few = {"dpo": RATES["dpo"][:1], "wdpo, rho 0.01": RATES["dpo"][:1]}
-    return ratings.grid(size, few if size == "ci" else RATES)
+    return ratings.grid(size, RATES, at_ci=("dpo", "wdpo, rho 0.01"))
 
 
 def reworded(pair: ratings.Pair, wording: str) -> ratings.Pair:
@@ -74,13 +73,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         key: sum(ratings.right_table(members, f"right_{wording}") for wording in WORDINGS) / len(WORDINGS)
         for key, members in by_cell.items()
     }
-    lines = []
-    for (method, rate), members in by_cell.items():
-        columns = ("as written", *WORDINGS, "reworded", "loss_as written", "loss_reworded")
-        line = [method, f"{rate:g}", *(study.cell_text(members, column) for column in columns)]
-        same = (method, rate) == ("dpo", best)
-        ours, theirs = right[method, rate], right["dpo", best]
-        lines.append([*line, "" if same else ratings.difference_text(ours, theirs, comparisons=len(by_cell) - 1)])
+    to_dpo = ratings.differences(right, ("dpo", best))
+    columns = ("as written", *WORDINGS, "reworded", "loss_as written", "loss_reworded")
+    lines = [
+        [key[0], f"{key[1]:g}", *(study.cell_text(members, column) for column in columns), to_dpo[key]]
+        for key, members in by_cell.items()
+    ]
     header = ["method", "rate", "as written", *WORDINGS, "mean of the three", "DPO loss, as written", "of the three"]
     text = (
         "Accuracies on held-out pairs. The difference is in the mean of the three, with intervals over draws and test "

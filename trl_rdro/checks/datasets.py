@@ -40,6 +40,13 @@ def check_datasets(
     return train_dataset, eval_dataset, next(iter(train_dataset))
 
 
+def evaluation_sets(eval_dataset: Any) -> dict[str, Any]:
+    """One evaluation set, or each of a dictionary of them, under the names that messages call them."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return {"eval_dataset": eval_dataset}
+
+
 def check_evaluation(method: str, eval_dataset: Any, used: tuple[str, ...] = (), read: tuple[str, ...] = ()) -> Any:
     """Check an evaluation set, or each of a dictionary of them."""
     if isinstance(eval_dataset, dict):

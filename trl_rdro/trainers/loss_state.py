@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..checks.datasets import evaluation_sets
 from ..losses.types import LOSS_TYPES
 from . import objectives
 from .columns import label_id
@@ -154,12 +155,11 @@ def require_known_groups(train_dataset: Any, eval_dataset: Any) -> None:
         )
     sizes = label_sizes(train_dataset, "group")
     known = _of_positive_size(sizes)
-    named = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-    for name, dataset in named.items():
+    for name, dataset in evaluation_sets(eval_dataset).items():
         if isinstance(dataset, Dataset) and (new := sorted(_of_positive_size(label_sizes(dataset, "group")) - known)):
             without = " with a weight above 0" if new[0] in sizes else ""
             raise ValueError(
-                f"The group {new[0]!r} of `eval_dataset{'' if name is None else f'[{name!r}]'}` is not in "
+                f"The group {new[0]!r} of `{name}` is not in "
                 f"`train_dataset`{without}, whose groups are {', '.join(sorted(known)[:10])}: `grdpo` has no weight "
                 "for it. Remove these rows, or give them a group of the training set."
             )

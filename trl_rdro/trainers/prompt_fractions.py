@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from ..checks.arrow import lengths
+from ..checks.datasets import evaluation_sets
 from ..checks.rules import as_array
 from ..configs.density_ratio_config import require_cap_above_start
 from ..log import get_logger
@@ -72,11 +73,10 @@ def warn_of_unread_shares(example: Mapping[str, Any], loss_type: str) -> None:
 
 def warn_of_shares_in_evaluation_alone(eval_dataset: Any) -> None:
     """Say that the column is not read where the training set lacks it."""
-    named = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-    for name, dataset in named.items():
+    for name, dataset in evaluation_sets(eval_dataset).items():
         if has_shares(dataset):
             logger.warning(
-                f"The column `{COLUMN}` of `eval_dataset{'' if name is None else f'[{name!r}]'}` has no effect: "
+                f"The column `{COLUMN}` of `{name}` has no effect: "
                 "`train_dataset` has none, so that one share is used for all prompts. Give both the column."
             )
 
